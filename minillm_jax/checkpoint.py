@@ -1,0 +1,307 @@
+"""Checkpoints of a stage: state, position, settings and an optional buffer, saved in one piece.
+
+    directory/STEP/state    the training state, a pytree of arrays and typed random keys
+                  /run      JSON: format, settings of the run, whatever the caller adds
+                  /buffer   a second pytree (the rollout in use), where there is one
+
+Orbax writes a checkpoint under another name while training goes on and renames it when it is
+whole, so a killed run leaves none by halves. Only this file knows Orbax.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from etils import epath
+from orbax.checkpoint import args as ocp_args
+from orbax.checkpoint import checkpoint_managers as policies
+
+from minillm_jax.types import InputError
+
+FORMAT = 1
+_PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what is being written
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` found; `buffer` is None where none was asked for or saved."""
+
+    step: int
+    state: Any
+    extra: dict[str, Any]
+    buffer: Any
+
+
+class Checkpoints:
+    """The checkpoints of one directory: the last `keep`, and the best by `score`.
+
+    `settings` is JSON that must be the same whenever the directory is used: what decides the
+    meaning of a state. Opening reads and writes nothing; the directory is made by the first save.
+    """
+
+    def __init__(self, directory: Any, settings: dict[str, Any], *, keep: int = 2):
+        self.directory = epath.Path(directory)
+        self._settings = json.loads(json.dumps(settings))
+        self._keep = keep
+        self._clean = False
+        # Each thread of a failed save logs its traceback; the user gets one line from here.
+        absl_logging.get_absl_logger().addFilter(_not_from_orbax)
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        recent = policies.LatestN(self._keep)
+        best = policies.BestN(
+            get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_score,
+            best_mode="min",
+            preservation_policy=policies.preservation_policy.AnyPreservationPolicy([recent, best]),
+            create=False,
+            save_root_metadata=False,
+        )
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "run": ocp.JsonCheckpointHandler(),
+            "buffer": ocp.StandardCheckpointHandler(),
+        }
+        where = self.directory.resolve()
+        return ocp.CheckpointManager(where, options=options, item_handlers=handlers)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        extra: dict[str, Any] | None = None,
+        *,
+        buffer: Any = None,
+        score: float | None = None,
+    ) -> bool:
+        """Start to write `state` of `step` and return; False if that step is saved already.
+
+        The arrays may be donated as soon as this returns. `extra` is JSON; the lowest `score` is
+        the best, None or a number that is not finite counts as none. `InputError` if the disk is
+        full or the directory cannot be written, in this save or in the one before: then nothing
+        of the failed checkpoint stays, and the earlier ones are untouched.
+        """
+        self.wait()
+        with self._one_line():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not self._clean:  # what a killed run left
+                self._remove_partial()
+                self._clean = True
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            if step in self._manager.all_steps():
+                return False
+            raise ValueError(f"step {step} is behind the latest checkpoint {latest}")
+        self._check_space([state, buffer])
+        run = {"format": FORMAT, "settings": self._settings, "extra": extra or {}}
+        items = {"state": ocp_args.StandardSave(state), "run": ocp_args.JsonSave(run)}
+        if buffer is not None:
+            items["buffer"] = ocp_args.StandardSave(buffer)
+        metrics = None
+        if score is not None and math.isfinite(score):
+            metrics = {"score": float(score)}
+        with self._one_line():
+            args = ocp_args.Composite(**items)
+            return self._manager.save(step, args=args, metrics=metrics, force=True)
+
+    def restore(
+        self, state: Any, *, buffer: Any = None, step: int | None = None
+    ) -> Restored | None:
+        """Read the newest checkpoint, or that of `step`; None if there is none at all.
+
+        `state` and `buffer` are trees of `jax.ShapeDtypeStruct` with the wanted shardings. A
+        newest checkpoint that cannot be read is set aside as `unreadable-STEP` once an older one
+        could be. `InputError` if settings or arrays differ, or if no checkpoint can be read.
+        """
+        self.wait()
+        steps = self._steps()
+        if step is not None and step not in steps:
+            raise InputError(f"{self.directory} has no checkpoint {step}: choose one of {steps}")
+        damaged = {}
+        for candidate in [step] if step is not None else reversed(steps):
+            try:
+                restored = self._read(candidate, state, buffer)
+            except InputError:
+                raise
+            except Exception as error:  # Orbax raises plain Exception for truncated files
+                damaged[candidate] = error
+                continue
+            for newer, error in damaged.items():
+                self._set_aside(newer, error)
+            return restored
+        if not damaged:
+            return None
+        newest, error = next(iter(damaged.items()))
+        raise InputError(
+            f"{self.directory / str(newest)} cannot be read ({_first_line(error)}):"
+            " remove that folder, or start with another --workdir"
+        ) from error
+
+    def latest_step(self) -> int | None:
+        """Return the newest step saved or being saved, None if there is none."""
+        return max(self._steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """Return the step with the lowest score, None if no checkpoint has one."""
+        self.wait()
+        return self._manager.best_step() if self._steps() else None
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk; `InputError` as in `save`."""
+        if "_manager" in self.__dict__:
+            with self._one_line():
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the last save and end Orbax's threads."""
+        self.wait()
+        if "_manager" in self.__dict__:
+            self._manager.close()
+            del self._manager
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        # An error on its way out matters more than what the last save has to say.
+        with contextlib.suppress(*([] if kind is None else [InputError])):
+            self.close()
+
+    def _steps(self) -> list[int]:
+        return sorted(self._manager.all_steps()) if self.directory.exists() else []
+
+    def _read(self, step: int, state: Any, buffer: Any) -> Restored:
+        run = self._manager.restore(step, args=ocp_args.Composite(run=ocp_args.JsonRestore()))
+        self._check_same(step, {"format": run["run"]["format"]}, {"format": FORMAT})
+        self._check_same(step, _settings(run["run"]["settings"]), _settings(self._settings))
+        wanted = {"state": state}
+        if buffer is not None and (self.directory / str(step) / "buffer").exists():
+            wanted["buffer"] = buffer
+        saved = self._manager.item_metadata(step)
+        for name, tree in wanted.items():
+            self._check_same(step, _arrays(saved[name].tree), _arrays(tree))
+        items = {name: ocp_args.StandardRestore(tree) for name, tree in wanted.items()}
+        found = self._manager.restore(step, args=ocp_args.Composite(**items))
+        return Restored(step, found["state"], run["run"]["extra"], found.get("buffer"))
+
+    def _check_same(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for name in sorted(saved.keys() | wanted.keys()):
+            was, now = saved.get(name, "nothing"), wanted.get(name, "nothing")
+            if was != now:
+                raise InputError(
+                    f"{self.directory / str(step)} was made with {name}={was}, this run has"
+                    f" {name}={now}: set it back or use another --workdir"
+                )
+
+    def _check_space(self, tree: Any) -> None:
+        if "://" in os.fspath(self.directory):
+            return
+        need = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self.directory).free
+        if need > free:
+            raise InputError(
+                f"no space for a checkpoint in {self.directory}: it takes {need / 1e6:.0f} MB,"
+                f" {free / 1e6:.0f} MB are free; free some or use another --workdir"
+            )
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        absl_logging.warning(
+            "checkpoint %s cannot be read (%s): set aside, an older one is used",
+            self.directory / str(step),
+            _first_line(error),
+        )
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(self.directory / f"unreadable-{step}")
+        self._manager.reload()
+
+    def _remove_partial(self) -> None:
+        if jax.process_index() != 0 or not self.directory.exists():
+            return
+        for path in self.directory.iterdir():
+            if _PARTIAL in path.name:
+                path.rmtree(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Turn a refusal of the file system into an `InputError`, with nothing left by halves."""
+        try:
+            yield
+        except Exception as error:
+            reason = _refusal(error)
+            if reason is None:
+                raise
+            self._abandon()
+            raise InputError(
+                f"cannot write a checkpoint in {self.directory} ({reason}):"
+                " free space or permissions there, or use another --workdir"
+            ) from error
+
+    def _abandon(self) -> None:
+        """Forget the manager of a failed save, which would raise again, and remove the remains."""
+        self.__dict__.pop("_manager", None)
+        for _ in range(20):  # writers of other arrays may not have ended yet
+            try:
+                return self._remove_partial()
+            except OSError:
+                time.sleep(0.1)
+
+
+def _refusal(error: Exception) -> str | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    # TensorStore raises ValueError with the number of the system's error in its text.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code.group(1))) if code else None
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n", 1)[0][:200]
+    return text or type(error).__name__
+
+
+def _named(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
+    return {jax.tree_util.keystr(at, simple=True, separator="."): leaf for at, leaf in leaves}
+
+
+def _settings(tree: dict[str, Any]) -> dict[str, Any]:
+    return _named(tree, lambda node: not isinstance(node, dict))
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Describe every array by name: Orbax forgets classes but keeps names, and keys as words."""
+
+    def describe(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return f"{leaf.dtype}{list(leaf.shape)}"
+
+    return {name: describe(leaf) for name, leaf in _named(tree).items()}
+
+
+def _local_bytes(leaf: Any) -> int:
+    if not isinstance(leaf, jax.Array):
+        return getattr(leaf, "nbytes", 8)
+    return sum(part.data.nbytes for part in leaf.addressable_shards if part.replica_id == 0)

@@ -1,0 +1,123 @@
+"""Rows of instruction data from JSON-lines files, and the prompts that ship with the package."""
+
+import gzip
+import importlib.resources
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm_jax.types import InputError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instruction; `output` holds its reference answers, `where` its `file:line`."""
+
+    instruction: str
+    input: str = ""
+    output: tuple[str, ...] = ()
+    where: str = ""
+
+
+def read_jsonl(path: str | Path, *, need_output: bool = False) -> list[Row]:
+    """Read `instruction`, `input` (optional) and `output` (a string, or a list of references).
+
+    `context` and `response`, the names of databricks-dolly-15k, are read as `input` and `output`.
+    A `.gz` file, a byte-order mark, CRLF and blank lines are accepted; other fields are ignored.
+
+    Raises:
+        InputError: `file:line: what; cure` for a missing or broken file, invalid UTF-8 or JSON, a
+            missing, empty or wrongly typed field, a field given under both names, a NUL, no rows.
+    """
+    path = Path(path)
+    rows = []
+    for number, line in enumerate(_lines(path), 1):
+        where = f"{path}:{number}"
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8"
+            ) from error
+        if not text.strip():
+            continue
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: invalid JSON ({error}); one object per line") from error
+        rows.append(_row(fields, where, need_output))
+    if not rows:
+        raise InputError(f"{path}: no rows; give a file with one JSON object per line")
+    return rows
+
+
+def packaged_prompts(split: str) -> list[Row]:
+    """The prompts that ship with the package, without answers: `train`, `validation`, `test`."""
+    folder = importlib.resources.files("minillm_jax.data") / "prompts"
+    resource = folder / f"{split}.jsonl"
+    if not resource.is_file():
+        raise InputError(f"no packaged prompts {split!r}; choose train, validation or test")
+    with importlib.resources.as_file(resource) as path:
+        return read_jsonl(path)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            yield from file
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; correct the path") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); correct or replace it") from error
+
+
+def _row(fields: Any, where: str, need_output: bool) -> Row:
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: {_kind(fields)}, not a JSON object; one object per line")
+    instruction = _text(fields.get("instruction"), "instruction", where)
+    input_name = _name_in(fields, "input", "context", where)
+    given = fields.get(input_name, "")
+    output_name = _name_in(fields, "output", "response", where)
+    output = fields.get(output_name)
+    if output is None and not need_output:
+        references: tuple[str, ...] = ()
+    elif isinstance(output, list) and output:
+        references = tuple(_text(o, f"{output_name}[{i}]", where) for i, o in enumerate(output))
+    else:
+        references = (_text(output, output_name, where),)
+    return Row(
+        instruction=instruction,
+        input=_text(given, input_name, where) if given != "" else "",
+        output=references,
+        where=where,
+    )
+
+
+def _name_in(fields: dict[str, Any], name: str, dolly_name: str, where: str) -> str:
+    """The name under which a row has a field: ours, or else the one of databricks-dolly-15k."""
+    if name in fields and dolly_name in fields:
+        raise InputError(f"{where}: both {name} and {dolly_name} are given; keep one of them")
+    return dolly_name if dolly_name in fields else name
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        raise InputError(f"{where}: {name} is missing or empty; fill it or remove the row")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} is {_kind(value)}, not a string; put it in quotes")
+    if "\0" in value:
+        raise InputError(f"{where}: {name} has a NUL character; remove it")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"{where}: {name} has half a surrogate pair; write the whole character")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "null" if value is None else "a number")

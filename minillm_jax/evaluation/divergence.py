@@ -1,0 +1,67 @@
+"""How far a student is from the teacher: exact per-token divergences on given responses."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+
+from minillm_jax.models import DecoderConfig, head
+from minillm_jax.objectives import reduce, vocab
+from minillm_jax.rollout import response_states
+from minillm_jax.types import Params, Sequences
+
+# What `sums` returns per response, besides its number of tokens.
+KEYS = ("reverse_kl", "forward_kl", "log_q", "log_p", "entropy")
+
+
+@partial(jax.jit, static_argnames=("student", "teacher", "size"))
+def sums(
+    student: DecoderConfig,
+    teacher: DecoderConfig,
+    params: Params,
+    teacher_params: Params,
+    batch: Sequences,
+    size: int,
+) -> dict[str, jax.Array]:
+    """Sums over the tokens of each response, [B] each, and their number as `tokens`.
+
+    `reverse_kl` is KL[q || p], `forward_kl` KL[p || q], exact over the first `size` ids at every
+    position of the response, both models reading the same prefix.
+    """
+    q_head, p_head = head(student, params), head(teacher, teacher_params)
+    score = vocab.scores(
+        response_states(student, params, batch),
+        q_head.weight,
+        q_head.bias,
+        response_states(teacher, teacher_params, batch),
+        p_head.weight,
+        p_head.bias,
+        batch.response,
+        mask=batch.response_mask,
+        vocab_size=size,
+    )
+    mask = batch.response_mask
+    rows = {name: reduce.keep(score[name], mask).sum(axis=1) for name in KEYS}
+    return rows | {"tokens": mask.sum(axis=1)}
+
+
+def per_token(rows: dict[str, np.ndarray], name: str) -> tuple[float, float]:
+    """Mean over tokens of `name` from per-response sums [R], and its standard error.
+
+    Tokens of one response are not independent, responses are: the error is that of a ratio of
+    sums over responses (Cochran, Sampling Techniques, eq. 2.46).
+    """
+    value, tokens = np.asarray(rows[name], np.float64), np.asarray(rows["tokens"], np.float64)
+    mean = value.sum() / max(tokens.sum(), 1)
+    count = len(value)
+    if count < 2:
+        return float(mean), 0.0
+    residual = value - mean * tokens
+    error = np.sqrt(np.square(residual).sum() / (count - 1) / count) / max(tokens.mean(), 1e-9)
+    return float(mean), float(error)
+
+
+def stack(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Per-response sums of several batches as one."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,26 @@
+"""Training methods: each a record of pure functions that one trainer runs.
+
+`update(state, frozen, batch) -> (state, metrics)` makes one step; `collect(params, frozen,
+prompts, key) -> rollout` is what on-policy methods add: it writes the batch that the next updates
+read. A new method is a file here and a line in `build.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from minillm_jax.train_state import TrainState
+from minillm_jax.types import Params, Sequences
+
+Update = Callable[[TrainState, Any, Any], tuple[TrainState, Mapping[str, jax.Array]]]
+Collect = Callable[[Params, Any, Sequences, jax.Array], Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a student learns; both functions are jitted and know no config and no file."""
+
+    update: Update
+    collect: Collect | None = None

@@ -1,0 +1,96 @@
+"""MiniLLM: policy gradient of the reverse KL on teacher-mixed responses (arXiv 2306.08543).
+
+1. `collect` samples from p~ = (1 - alpha) q + alpha p, and keeps log q, log p, log p~ of the drawn
+   tokens and the teacher's hidden states.
+2. `update` makes rewards, weights and advantages of its whole batch once (`objectives.policy`),
+   then one forward pass of the student per micro-batch: the exact KL over the vocabulary comes
+   from the stored teacher states and the teacher's head, so no teacher trunk runs here.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from minillm_jax.methods import Method
+from minillm_jax.methods.accumulate import gradients
+from minillm_jax.models import DecoderConfig, head
+from minillm_jax.objectives import policy as policy_lib
+from minillm_jax.objectives import reduce, vocab
+from minillm_jax.objectives.policy import Policy
+from minillm_jax.rollout import Mixing, Rollout, collect, response_states
+from minillm_jax.train_state import TrainState
+from minillm_jax.types import Params, Sequences
+
+
+def method(
+    student: DecoderConfig,
+    teacher: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    *,
+    policy: Policy,
+    mixing: Mixing,
+    micro_batches: int = 1,
+    dtype: str = "float32",
+) -> Method:
+    """MiniLLM with `frozen` the teacher's parameters."""
+
+    def loss_sums(params: Params, frozen: Params, batch: tuple[Rollout, Any]):
+        rollout, targets = batch
+        mask = rollout.response_mask
+        hidden = response_states(student, params, rollout, dtype=dtype)
+        q_head, p_head = head(student, params), head(teacher, frozen)
+        with jax.named_scope("vocabulary"):
+            score = vocab.scores(
+                hidden,
+                q_head.weight,
+                q_head.bias,
+                rollout.teacher_hidden,
+                p_head.weight,
+                p_head.bias,
+                rollout.response,
+                mask=mask,
+                vocab_size=mixing.vocab,
+            )
+        values = policy_lib.losses(policy, score["log_q"], score["reverse_kl"], targets, mask)
+        values["entropy"] = jax.lax.stop_gradient(score["entropy"])
+        pairs = {
+            name: reduce.total(values[key], mask)
+            for name, key in (
+                ("policy_loss", "policy"),
+                ("single_step_loss", "single_step"),
+                ("reverse_kl", "reverse_kl"),
+                ("clip_fraction", "clipped"),
+                ("entropy", "entropy"),
+            )
+        }
+        pairs["loss"] = reduce.total(values["loss"], mask, policy.reduction)
+        return pairs
+
+    def update(state: TrainState, frozen: Params, batch: Rollout):
+        mask = batch.response_mask
+        targets = policy_lib.prepare(policy, batch.log_p, batch.log_q, batch.log_mix, mask)
+        grads, metrics = gradients(
+            lambda params, micro: loss_sums(params, frozen, micro),
+            state.params,
+            (batch, targets),
+            micro_batches,
+        )
+        metrics |= {
+            "reward": reduce.mean(reduce.total(targets.reward, mask)),
+            "response_length": reduce.mean(
+                reduce.Pair(mask.sum(dtype="float32"), mask.any(axis=1).sum(dtype="float32"))
+            ),
+            "ess": reduce.effective_sample_size(targets.weight, mask),
+            "learning_rate": learning_rate(state.step - state.skipped),
+        }
+        state, more = state.apply_gradients(optimizer, grads, metrics["loss"])
+        return state, metrics | more
+
+    def collect_rollout(params: Params, frozen: Params, prompts: Sequences, key: jax.Array):
+        return collect(
+            student, teacher, params, frozen, prompts.prompt, prompts.prompt_mask, key, mixing
+        )
+
+    return Method(update=jax.jit(update, donate_argnames="state"), collect=collect_rollout)

@@ -1,0 +1,88 @@
+"""Attention in plain array operations: rotary angles, who sees whom, and the softmax.
+
+No parameters are here, and no cache: `decoder.py` projects, `cache.py` stores.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minillm_jax.models.config import DecoderConfig
+
+# Finite, so that a row that may see no key gives a plain mean and not NaN, in its gradient too.
+_MASKED = -1e30
+
+
+def attend(
+    q: jax.Array,  # [B, K, G, T, h], query head k * G + g reads key-value head k
+    k: jax.Array,  # [B, K, S, h]
+    v: jax.Array,  # [B, K, S, h]
+    mask: jax.Array,  # [B, T, S] bool, True where the query may see the key
+    scale: float,
+) -> jax.Array:
+    """Return softmax(scale q k^T) v over the keys that `mask` allows, [B, K, G, T, h] like `q`.
+
+    Heads lead time on both sides, so that each (batch, kv head) is one matrix product and grouped
+    heads share their keys without a copy. The softmax is in float32 whatever the inputs are.
+    """
+    groups, steps = q.shape[2:4]
+    folded = q.reshape(*q.shape[:2], groups * steps, q.shape[-1])
+    scores = jnp.einsum("bkth,bksh->bkts", folded, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(*q.shape[:4], k.shape[2]) * scale
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1)
+    weights = weights.reshape(scores.shape[0], scores.shape[1], groups * steps, -1)
+    return jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v).reshape(q.shape)
+
+
+def causal_mask(mask: jax.Array) -> jax.Array:
+    """Return who sees whom in `mask` [B, T]: a query sees the real slots up to its own, [B, T, T]."""
+    slots = jnp.arange(mask.shape[1])
+    return mask[:, None, :] & (slots[None, None, :] <= slots[None, :, None])
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+    """Return the number of real tokens before each slot of `mask` [..., T], int32, whatever the side
+    of the padding; a padded slot takes the position of its left neighbour, or 0."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Return theta^(-2i / rope_dim) after `rope_scaling`, float32 [rope_dim / 2] (RoFormer, eq. 15)."""
+    frequencies = config.rope_theta ** -(np.arange(0, config.rope_dim, 2) / config.rope_dim)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
+        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return cosine and sine of every angle at `positions` [B, T], float32 [B, T, rope_dim / 2]."""
+    frequencies = jnp.asarray(rotary_frequencies(config))
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: jax.Array,  # [B, T, heads, h]
+    angles: tuple[jax.Array, jax.Array],  # cosine and sine [B, T, rope_dim / 2]
+    interleaved: bool,
+) -> jax.Array:
+    """Turn the feature pairs of `x` by their angles in float32; features past rope_dim stay."""
+    cos, sin = (part[:, :, None] for part in angles)
+    half = cos.shape[-1]
+    turned, kept = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    if interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+    pair = a * cos - b * sin, b * cos + a * sin
+    if interleaved:
+        turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
+    else:
+        turned = jnp.concatenate(pair, axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), kept], axis=-1)

@@ -1,0 +1,110 @@
+"""The key-value cache and the cached forward pass of generation.
+
+```
+slot         0  1  2  3  4  5  6  7
+row 0 valid  .  .  a  b  x  y  .  .      rows share `index`, the slot of the next token (6 here);
+row 1 valid  c  d  e  f  z  .  .  .      each has its own `length`, the position of that token.
+                               ^ index   A padded or finished row writes slots that stay invalid.
+```
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from minillm_jax.models.attention import positions_of
+from minillm_jax.models.config import DecoderConfig
+from minillm_jax.models.decoder import Block, Decoder, Slots
+from minillm_jax.types import Params
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of every layer, and what of them is real.
+
+    One pair of arrays per layer, not one stacked pair: a loop carries each in place, whereas a
+    slice of a stacked array is copied at every token.
+    """
+
+    keys: tuple[jax.Array, ...]  # L of [B, K, S, h]
+    values: tuple[jax.Array, ...]  # L of [B, K, S, h]
+    valid: jax.Array  # [B, S] bool
+    length: jax.Array  # [B] int32, valid slots, hence the position of the next token
+    index: jax.Array  # int32 scalar, next slot
+
+
+@flax.struct.dataclass
+class DecodeParams:
+    """The parameters with the layers apart, as the unrolled forward reads them."""
+
+    outer: Params  # everything but the layers
+    layers: tuple[Params, ...]  # L
+
+
+def init_cache(
+    config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32
+) -> Cache:
+    """Return an empty cache of `slots` slots for `batch` rows."""
+    shape = (batch, config.kv_heads, slots, config.head_dim)
+    keys, values = (
+        tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in ("keys", "values")
+    )
+    valid, length = jnp.zeros((batch, slots), bool), jnp.zeros((batch,), jnp.int32)
+    return Cache(keys, values, valid, length, jnp.zeros((), jnp.int32))
+
+
+def unstack(config: DecoderConfig, params: Params) -> DecodeParams:
+    """Return `params` with the layers sliced apart; once, outside the loop, for it copies them."""
+    outer = {name: value for name, value in params.items() if name != "layers"}
+    layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.layers))
+    return DecodeParams(outer, tuple(layers))
+
+
+def extend(
+    config: DecoderConfig,
+    params: DecodeParams,
+    tokens: jax.Array,  # [B, C] int32
+    mask: jax.Array,  # [B, C] bool
+    cache: Cache,
+    *,
+    advance: jax.Array | int | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[jax.Array, Cache]:
+    """Return the hidden states [B, C, E] of the next C slots and the cache that holds them.
+
+    Each query sees the valid slots up to its own. The index moves by `advance` (C by default): a
+    caller that pads a chunk passes the slots it means, and False in `mask` for the rest, which the
+    next chunk overwrites. `index + C` must not exceed the slots: the write would be shifted.
+    """
+    chunk = tokens.shape[1]
+    valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.index))
+    positions = jnp.maximum(cache.length[:, None] + jnp.cumsum(mask, 1, dtype=jnp.int32) - 1, 0)
+    slot = jnp.arange(valid.shape[1])[None, None, :]
+    query = (cache.index + jnp.arange(chunk))[None, :, None]
+    seen = valid[:, None, :] & (slot <= query)
+    sight = {None: seen}
+    if config.windows is not None:
+        distance = positions[:, :, None] - positions_of(valid)[:, None, :]
+        for window in set(config.windows) - {None}:
+            sight[window] = seen & (distance < window)
+
+    outer = Decoder(config)
+    with jax.named_scope("embed"):
+        x, angles = outer.apply({"params": params.outer}, tokens, positions, dtype, method="start")
+    block, keys, values = Block(config), [], []
+    for i, layer in enumerate(params.layers):
+        with jax.named_scope(f"layer_{i}"):
+            window = None if config.windows is None else config.windows[i]
+            slots = Slots(cache.keys[i], cache.values[i], cache.index)
+            x, slots = block.apply({"params": layer}, x, angles, (sight[window], None), None, slots)
+            keys.append(slots.keys)
+            values.append(slots.values)
+    hidden = outer.apply({"params": params.outer}, x, method="finish")
+    return hidden, Cache(
+        tuple(keys),
+        tuple(values),
+        valid,
+        cache.length + jnp.sum(mask, 1, dtype=jnp.int32),
+        cache.index + (chunk if advance is None else advance),
+    )

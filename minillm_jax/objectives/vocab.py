@@ -1,0 +1,274 @@
+"""Scores of drawn tokens from hidden states, in blocks of tokens: no [B, N, V] array persists.
+
+`scores` returns per-token values and recomputes the logits of a block in its backward sweep.
+`loss_sum` takes the loss as a function of those values, so the gradient is formed while the logits
+of the block are at hand: four products with the heads instead of six.
+
+A block spans all rows and a few positions, so a batch sharded over rows, and heads over V, stay so.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from minillm_jax.objectives.reduce import keep, total
+
+Scores = dict[str, jax.Array]
+Model = tuple[jax.Array, jax.Array, jax.Array | None]  # hidden [n, R, D], weight [V, D], bias [V]
+
+
+def scores(
+    hidden_q: jax.Array,  # [B, N, Dq]
+    weight_q: jax.Array,  # [V, Dq]
+    bias_q: jax.Array | None,  # [V]
+    hidden_p: jax.Array,  # [B, N, Dp]
+    weight_p: jax.Array,  # [V, Dp]
+    bias_p: jax.Array | None,  # [V]
+    labels: jax.Array,  # [B, N]
+    mask: jax.Array,  # [B, N]
+    *,
+    vocab_size: int | None = None,
+    block: int = 512,
+) -> Scores:
+    """Per-token [B, N] values of z = h W^T + b: "log_q" and "log_p" of the labels, "reverse_kl"
+    KL[q || p], "forward_kl" KL[p || q], "entropy" of q and "teacher_entropy" of p.
+
+    Equal to `token` on the full logits, in float32 (float64 for such hidden states); 0 in padding,
+    whatever the hidden states hold there. Gradient to `hidden_q`, `weight_q`, `bias_q`; none to p.
+
+    Args:
+        vocab_size: ids of the true vocabulary, where a head has more rows; default the smaller head.
+        block: tokens, over all rows, whose logits exist at a time.
+    """
+    cut = _Blocks(labels, block)
+    student = cut.model(hidden_q, weight_q, bias_q, mask, _size(weight_q, weight_p, vocab_size))
+    teacher = cut.model(hidden_p, weight_p, bias_p, mask, _size(weight_q, weight_p, vocab_size))
+    out = _scores(student, lax.stop_gradient(teacher), cut.split(keep(labels, mask)))
+    return {name: keep(cut.join(value), mask) for name, value in out.items()}
+
+
+def loss_sum(
+    loss: Callable[[Scores, Any, jax.Array], jax.Array],
+    hidden_q: jax.Array,  # [B, N, Dq]
+    weight_q: jax.Array,  # [V, Dq]
+    bias_q: jax.Array | None,  # [V]
+    hidden_p: jax.Array,  # [B, N, Dp]
+    weight_p: jax.Array,  # [V, Dp]
+    bias_p: jax.Array | None,  # [V]
+    labels: jax.Array,  # [B, N]
+    mask: jax.Array,  # [B, N]
+    extras: Any = (),
+    *,
+    vocab_size: int | None = None,
+    block: int = 512,
+) -> tuple[jax.Array, Scores]:
+    """Sum over the real tokens of `loss(scores, extras, mask)`, and the scores without gradient.
+
+    The gradient of the sum reaches what that of `scores` reaches, a third cheaper. Without a
+    gradient wanted it costs the scores.
+
+    Args:
+        loss: per-token values [1, R] of R tokens, each from its own token's scores and extras; it
+            must not close over traced values.
+        extras: a pytree of [B, N] constants of the loss, such as `policy.Targets`.
+        vocab_size, block: as for `scores`.
+    """
+    cut = _Blocks(labels, block)
+    size = _size(weight_q, weight_p, vocab_size)
+    student = cut.model(hidden_q, weight_q, bias_q, mask, size)
+    teacher = cut.model(hidden_p, weight_p, bias_p, mask, size)
+    fixed = jax.tree.map(cut.split, (keep(labels, mask), mask.astype(bool), extras))
+    value, out = _loss_sum(loss, student, *lax.stop_gradient((teacher, fixed)))
+    return value, {name: keep(cut.join(x), mask) for name, x in lax.stop_gradient(out).items()}
+
+
+class _Blocks:
+    """[B, N, ...] cut along N into [n, R, ...] with R tokens of all rows, and back."""
+
+    def __init__(self, labels: jax.Array, block: int):
+        chex.assert_rank(labels, 2)
+        self.rows, self.positions = labels.shape
+        self.blocks = max(1, -(-self.rows * self.positions // max(block, self.rows)))
+        self.width = -(-self.positions // self.blocks)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        spare = self.blocks * self.width - self.positions
+        x = jnp.pad(x, ((0, 0), (0, spare)) + ((0, 0),) * (x.ndim - 2))
+        x = x.reshape(self.rows, self.blocks, self.width, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0).reshape(self.blocks, self.rows * self.width, *x.shape[3:])
+
+    def join(self, x: jax.Array) -> jax.Array:  # [n, R] -> [B, N]
+        x = jnp.moveaxis(x.reshape(self.blocks, self.rows, self.width), 0, 1)
+        return x.reshape(self.rows, -1)[:, : self.positions]
+
+    def model(self, hidden, weight, bias, mask, size: int) -> Model:
+        chex.assert_rank([hidden, weight], [3, 2])
+        chex.assert_equal_shape_prefix([hidden, mask], 2)
+        chex.assert_equal(hidden.shape[-1], weight.shape[-1])
+        bias = None if bias is None else bias[:size]
+        return self.split(keep(hidden, mask)), weight[:size].astype(hidden.dtype), bias
+
+
+def _size(weight_q: jax.Array, weight_p: jax.Array, vocab_size: int | None) -> int:
+    shared = min(weight_q.shape[0], weight_p.shape[0])
+    if vocab_size is not None and not 0 < vocab_size <= shared:
+        raise ValueError(f"vocab_size={vocab_size}, but the heads have {shared} ids in common")
+    return vocab_size or shared
+
+
+def _logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:  # [R, V]
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    z = lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return z if bias is None else z + bias.astype(dtype)[None]
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Row sums [R, V] -> [R]; as a product with ones, twice as fast on XLA's CPU backend."""
+
+    def product(x):
+        return jnp.matmul(x, jnp.ones((x.shape[1],), x.dtype), precision="highest")
+
+    return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axis=1))
+
+
+def _block(z_q: jax.Array, z_p: jax.Array, labels: jax.Array) -> tuple[Scores, Scores]:
+    """The scores [R] of logits [R, V], and the log-normalisers of q and p."""
+    top_q, top_p = z_q.max(1, keepdims=True), z_p.max(1, keepdims=True)
+    z_q, z_p = z_q - top_q, z_p - top_p
+    e_q, e_p, gap = jnp.exp(z_q), jnp.exp(z_p), z_q - z_p
+    sum_q, sum_p = _sum(e_q), _sum(e_p)
+    log_sum_q, log_sum_p = jnp.log(sum_q), jnp.log(sum_p)
+
+    def chosen(z):
+        return jnp.take_along_axis(z, labels[:, None], axis=1)[:, 0]
+
+    out = {
+        "log_q": chosen(z_q) - log_sum_q,
+        "log_p": chosen(z_p) - log_sum_p,
+        "reverse_kl": _sum(e_q * gap) / sum_q - log_sum_q + log_sum_p,
+        "forward_kl": log_sum_q - log_sum_p - _sum(e_p * gap) / sum_p,
+        "entropy": log_sum_q - _sum(e_q * z_q) / sum_q,
+        "teacher_entropy": log_sum_p - _sum(e_p * z_p) / sum_p,
+    }
+    return out, {"q": top_q[:, 0] + log_sum_q, "p": top_p[:, 0] + log_sum_p}
+
+
+def _grad_logits(
+    z_q: jax.Array, z_p: jax.Array, labels: jax.Array, out: Scores, norm: Scores, bar: Scores
+) -> jax.Array:
+    """d/dz_q [R, V] of sum_k bar_k out_k, with g = log q - log p and H the entropy of q:
+
+    q_v [rkl (g_v - KL) - ent (log q_v + H) + fkl - log_q] - fkl p_v + log_q [v = label]
+    """
+    col = {name: x[:, None] for name, x in bar.items()}
+    log_q, log_p = z_q - norm["q"][:, None], z_p - norm["p"][:, None]
+    shift = bar["forward_kl"] - bar["log_q"] - bar["reverse_kl"] * out["reverse_kl"]
+    shift = (shift - bar["entropy"] * out["entropy"])[:, None]
+    grad = col["reverse_kl"] * (log_q - log_p) - col["entropy"] * log_q + shift
+    grad = jnp.exp(log_q) * grad - col["forward_kl"] * jnp.exp(log_p)
+    here = labels[:, None] == lax.broadcasted_iota(jnp.int32, (1, z_q.shape[1]), 1)
+    return grad + jnp.where(here, col["log_q"], 0)
+
+
+def _grad_head(grad: jax.Array, hidden: jax.Array, student: Model, carry: tuple) -> tuple:
+    """Adds a block's share to (d weight^T [D, V], d bias); with it d hidden [R, D]."""
+    _, weight, bias = student
+    grad_weight, grad_bias = carry
+    low, dtype = grad.astype(hidden.dtype), grad.dtype
+    # The barrier keeps XLA from folding the transpose into a product that contracts the first
+    # dimension of both operands, which some of its CPU versions run several times slower.
+    across = lax.optimization_barrier(hidden.T)
+    grad_weight += jnp.matmul(across, low, preferred_element_type=dtype)
+    grad_bias = None if bias is None else grad_bias + grad.sum(0)
+    grad_hidden = jnp.matmul(low, weight, preferred_element_type=dtype).astype(hidden.dtype)
+    return (grad_weight, grad_bias), grad_hidden
+
+
+def _zeros(student: Model) -> tuple:
+    hidden, weight, bias = student
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    empty = None if bias is None else jnp.zeros(bias.shape, dtype)
+    return jnp.zeros(weight.shape[::-1], dtype), empty
+
+
+def _like(student: Model, grad_hidden: jax.Array, carry: tuple, scale: jax.Array | float) -> Model:
+    """Cotangents of the student in its own dtypes."""
+    _, weight, bias = student
+    grad_weight, grad_bias = carry
+    return (
+        (grad_hidden * scale).astype(grad_hidden.dtype),
+        (grad_weight.T * scale).astype(weight.dtype),
+        None if bias is None else (grad_bias * scale).astype(bias.dtype),
+    )
+
+
+@jax.custom_vjp
+def _scores(student: Model, teacher: Model, labels: jax.Array) -> Scores:
+    return _scores_fwd(student, teacher, labels)[0]
+
+
+def _scores_fwd(student, teacher, labels):
+    def step(_, x):
+        hidden_q, hidden_p, label = x
+        return None, _block(
+            _logits(hidden_q, *student[1:]), _logits(hidden_p, *teacher[1:]), label
+        )
+
+    _, (out, norm) = lax.scan(step, None, (student[0], teacher[0], labels))
+    return out, (student, teacher, labels, out, norm)
+
+
+def _scores_bwd(residuals, bar):
+    student, teacher, *rest = residuals
+
+    def step(carry, x):
+        hidden_q, hidden_p, *rest = x
+        z_q, z_p = _logits(hidden_q, *student[1:]), _logits(hidden_p, *teacher[1:])
+        return _grad_head(_grad_logits(z_q, z_p, *rest), hidden_q, student, carry)
+
+    carry, grad_hidden = lax.scan(step, _zeros(student), (student[0], teacher[0], *rest, bar))
+    return _like(student, grad_hidden, carry, 1), None, None
+
+
+_scores.defvjp(_scores_fwd, _scores_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss_sum(loss, student: Model, teacher: Model, fixed: Any) -> tuple[jax.Array, Scores]:
+    labels, mask, extras = fixed
+    out = _scores(student, teacher, labels)
+    return total(loss(out, extras, mask), mask).sum, out
+
+
+def _loss_sum_fwd(loss, student, teacher, fixed):
+    def step(carry, x):
+        hidden_q, hidden_p, (labels, mask, extras) = x
+        z_q, z_p = _logits(hidden_q, *student[1:]), _logits(hidden_p, *teacher[1:])
+        out, norm = _block(z_q, z_p, labels)
+
+        def summed(out):
+            row, lone, extra = jax.tree.map(lambda x: x[None], (out, mask, extras))
+            return total(loss(row, extra, lone), lone).sum
+
+        value, bar = jax.value_and_grad(summed)(out)
+        grad = _grad_logits(z_q, z_p, labels, out, norm, bar)
+        carry, grad_hidden = _grad_head(grad, hidden_q, student, carry)
+        return carry, (value, out, grad_hidden)
+
+    carry, (value, out, grad_hidden) = lax.scan(
+        step, _zeros(student), (student[0], teacher[0], fixed)
+    )
+    return (value.sum(), out), (student[1:], grad_hidden, carry)
+
+
+def _loss_sum_bwd(loss, residuals, bar):
+    head, grad_hidden, carry = residuals
+    return _like((grad_hidden, *head), grad_hidden, carry, bar[0]), None, None
+
+
+_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)

@@ -1,0 +1,228 @@
+"""Charts as inline SVG: training curves and held-out results.
+
+Matplotlib draws, and is imported only then. Titles and legends are left to the page, so that they
+take its font and wrap on a phone. Colours are those of Okabe & Ito (2008), which
+colour-blind readers tell apart. They are written as CSS variables (`--minillm`, `--ink`, `--line`,
+`--card`) with the light value as fallback, so that a page can give them dark values.
+"""
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minillm_jax.reporting.formats import is_number, significant
+from minillm_jax.reporting.metrics import smooth
+from minillm_jax.reporting.panels import PANELS, Panel, Series
+
+Rows = Sequence[Mapping[str, Any]]
+
+MODEL_COLOURS = {
+    "teacher": "#6e7781",
+    "start": "#cc79a7",
+    "sft": "#0072b2",
+    "minillm": "#d55e00",
+}
+_OTHER_COLOURS = {"other1": "#009e73", "other2": "#b58900"}
+_INK, _LINE, _CARD = "#24292f", "#d8dee4", "#fefefe"
+_VARIABLES = {
+    **{colour: name for name, colour in (MODEL_COLOURS | _OTHER_COLOURS).items()},
+    _INK: "ink",
+    _LINE: "line",
+    _CARD: "card",
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "text.parse_math": False,
+    "font.size": 13,
+    "font.family": "sans-serif",
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.facecolor": "none",
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": _LINE,
+    "axes.axisbelow": True,
+}
+_MOST_POINTS = 500  # of one line; beyond that only the file grows
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart: text for its caption, the legend as (label, CSS colour, points), the SVG."""
+
+    name: str
+    title: str
+    unit: str
+    legend: tuple[tuple[str, str, bool], ...]
+    svg: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a held-out figure; `text` is the value as it is printed."""
+
+    model: str
+    label: str
+    value: float
+    stderr: float | None
+    text: str
+
+
+def css_colour(name: str) -> str:
+    """The CSS value of a model's or series' colour."""
+    fallback = _colour(name)
+    return f"var(--{_VARIABLES[fallback]}, {fallback})"
+
+
+def training_charts(rows: Rows) -> list[Chart]:
+    """The panels of `PANELS` that have at least one number in the rows of `metrics.jsonl`."""
+    charts = []
+    for panel in PANELS:
+        drawn = [(s, *_points(rows, s)) for s in panel.series]
+        drawn = [(s, steps, values) for s, steps, values in drawn if len(steps)]
+        if drawn:
+            charts.append(_training_chart(panel, drawn))
+    return charts
+
+
+def result_chart(name: str, title: str, unit: str, bars: Sequence[Bar]) -> Chart:
+    """Horizontal bars of one held-out figure, with one standard error either way."""
+    with _style():
+        figure, axes = _figure(height=0.3 + 0.4 * len(bars))
+        figure.subplots_adjust(left=0.275, right=0.995, top=0.99, bottom=0.02)
+        for place, bar in enumerate(bars):
+            axes.barh(place, bar.value, height=0.62, color=_colour(bar.model))
+            if bar.stderr:
+                axes.errorbar(bar.value, place, xerr=bar.stderr, color=_INK, capsize=3, lw=1.3)
+            axes.annotate(
+                bar.text,
+                (bar.value + (bar.stderr or 0.0), place),
+                xytext=(7, 0),
+                textcoords="offset points",
+                verticalalignment="center",
+            )
+        axes.set_yticks(range(len(bars)), [_drawable(bar.label) for bar in bars])
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.axvline(0, color=_LINE, linewidth=1.5)
+        # Room to the right of the longest bar for its figure.
+        axes.set_xlim(
+            min(0.0, *(bar.value for bar in bars), 0.0),
+            1.32 * max(*(bar.value for bar in bars), 1e-9, 1e-9),
+        )
+        text = ", ".join(f"{bar.label} {bar.text}" for bar in bars)
+        return Chart(name, title, unit, (), _svg(figure, name, f"{title}, {unit}: {text}"))
+
+
+def _colour(name: str) -> str:
+    return (MODEL_COLOURS | _OTHER_COLOURS).get(name, _OTHER_COLOURS["other2"])
+
+
+def _drawable(text: str) -> str:
+    # Matplotlib raises on half a surrogate pair and warns of a glyph that its font lacks.
+    return text.encode("ascii", "replace").decode()
+
+
+def _points(rows: Rows, series: Series) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one metric of one stage, in the order of the steps."""
+    found = [
+        (row["step"], row[series.metric])
+        for row in rows
+        if row.get("stage") == series.stage
+        and is_number(row.get("step"))
+        and is_number(row.get(series.metric))
+    ]
+    steps, values = np.array(sorted(found), np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _training_chart(panel: Panel, drawn: Sequence[tuple[Series, np.ndarray, np.ndarray]]) -> Chart:
+    from matplotlib import ticker
+
+    with _style():
+        figure, axes = _figure(height=2.9)
+        figure.subplots_adjust(left=0.105, right=0.985, top=0.97, bottom=0.165)
+        if panel.log and all((values > 0).all() for _, _, values in drawn):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+        for series, steps, values in drawn:
+            _draw(axes, series, steps, values)
+        if panel.limits:
+            axes.set_ylim(*panel.limits)
+        axes.grid(axis="y", linewidth=1)
+        axes.margins(x=0.015)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.set_xlabel("step")
+        legend = tuple((s.label, css_colour(s.colour), s.points) for s, _, _ in drawn)
+        alternative = "; ".join(
+            f"{s.label} from {significant(values[0])} to {significant(values[-1])}"
+            for s, _, values in drawn
+        )
+        svg = _svg(figure, panel.name, f"{panel.title}, {panel.unit}: {alternative}")
+        return Chart(panel.name, panel.title, panel.unit, legend, svg)
+
+
+def _draw(axes: Any, series: Series, steps: np.ndarray, values: np.ndarray) -> None:
+    colour = _colour(series.colour)
+    if series.points or len(steps) == 1:
+        axes.plot(steps, values, color=colour, linewidth=1, linestyle=(0, (2, 3)))
+        axes.scatter(steps, values, s=46, color=colour, edgecolors=_CARD, linewidths=1.5, zorder=4)
+        return
+    if len(steps) < 12:
+        axes.plot(steps, values, color=colour, linewidth=2.2)
+        return
+    average = smooth(values, max(5, len(values) // 12))
+    every = max(1, -(-len(steps) // _MOST_POINTS))
+    axes.plot(steps[::every], values[::every], color=colour, linewidth=1, alpha=0.3)
+    axes.plot(steps[::every], average[::every], color=colour, linewidth=2.2)
+
+
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # No pyplot: it keeps figures alive and chooses a backend for the whole process.
+    figure = Figure(figsize=(5.8, height), facecolor="none")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Any, name: str, alternative: str) -> str:
+    """The drawn figure as an `<svg>` element that can stand beside others on a page."""
+    buffer = io.StringIO()
+    with _style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    # Ids are per page, not per figure.
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable}, {colour})")
+    _, view_box, rest = re.split(r'viewBox="([^"]+)"[^>]*>', svg, maxsplit=1)
+    return (
+        f'<svg viewBox="{view_box}" role="img" aria-label="{html.escape(alternative)}">'
+        + rest.strip().replace("xlink:href", "href")
+    )

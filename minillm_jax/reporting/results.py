@@ -1,0 +1,202 @@
+"""What `summary.json` says of the models: the columns of the table and the findings in words.
+
+Shared by the terminal's table and the report. A model or a figure that is absent shows as a dash,
+or takes its row or column away.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minillm_jax.reporting import formats
+from minillm_jax.reporting.formats import is_number
+
+Summary = Mapping[str, Any]
+
+LABELS = {
+    "teacher": "Teacher",
+    "start": "Student, start",
+    "sft": "Student, SFT",
+    "minillm": "Student, MiniLLM",
+}
+_IN_A_SENTENCE = {
+    "teacher": "the teacher",
+    "start": "the student at start",
+    "sft": "the SFT student",
+    "minillm": "the MiniLLM student",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a model: its key in the summary, heading, unit, way of showing, and meaning."""
+
+    key: str
+    label: str
+    unit: str
+    show: Callable[[float | None], str]
+    meaning: str
+    better: str = ""  # "lower" or "higher", where that is so
+
+
+COLUMNS = (
+    Column("parameters", "Size", "parameters", formats.count, "number of parameters"),
+    Column(
+        "reverse_kl",
+        "Reverse KL",
+        "nats/token",
+        formats.fixed,
+        "exact, per token, from the student to the teacher on the student's own samples",
+        "lower",
+    ),
+    Column(
+        "nll",
+        "NLL",
+        "nats/token",
+        formats.fixed,
+        "negative log-likelihood per token of the reference answers",
+        "lower",
+    ),
+    Column(
+        "rouge_l",
+        "Rouge-L",
+        "F1 × 100",
+        lambda value: formats.fixed(None if value is None else 100 * value, 1),
+        "longest common subsequence of words with the reference",
+        "higher",
+    ),
+    Column("length", "Length", "tokens", lambda value: formats.fixed(value, 1), "mean length"),
+    Column(
+        "finished",
+        "Finished",
+        "of answers",
+        lambda value: formats.percent(value, 0),
+        "answers that end by themselves within the length limit",
+    ),
+    Column(
+        "distinct_4",
+        "Distinct-4",
+        "of 4-grams",
+        formats.percent,
+        "distinct 4-grams over all 4-grams of the answers",
+    ),
+    Column(
+        "repetition",
+        "Repetition",
+        "of 4-grams",
+        formats.percent,
+        "4-grams of an answer that occurred earlier in it, sampled answers",
+        "lower",
+    ),
+    Column(
+        "greedy_repetition",
+        "Greedy repetition",
+        "of 4-grams",
+        formats.percent,
+        "4-grams of an answer that occurred earlier in it, greedy answers",
+        "lower",
+    ),
+    Column(
+        "greedy_loops",
+        "Greedy loops",
+        "of answers",
+        formats.percent,
+        "greedy answers caught in a loop",
+        "lower",
+    ),
+)
+
+
+def models(summary: Summary) -> list[str]:
+    """The models of the summary, the known ones first and in the order of the pipeline."""
+    present = summary.get("models") or {}
+    return [m for m in LABELS if m in present] + [m for m in present if m not in LABELS]
+
+
+def label(model: str) -> str:
+    """The heading of a model."""
+    return LABELS.get(model, model)
+
+
+def value(summary: Summary, model: str, key: str) -> float | None:
+    """One figure of one model; None when it is absent, null or not finite."""
+    number = ((summary.get("models") or {}).get(model) or {}).get(key)
+    return number if is_number(number) else None
+
+
+def columns(summary: Summary) -> list[Column]:
+    """The columns in which at least one model has a figure."""
+    return [
+        c for c in COLUMNS if any(value(summary, m, c.key) is not None for m in models(summary))
+    ]
+
+
+def cell(summary: Summary, model: str, column: Column) -> str:
+    """One figure as text, with its standard error where the summary has one."""
+    text = column.show(value(summary, model, column.key))
+    error = value(summary, model, f"{column.key}_stderr")
+    return f"{text} ± {column.show(error)}" if error is not None else text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The reverse KL of a model beside that of the model it came from."""
+
+    model: str
+    base: str
+    reverse_kl: float
+    base_reverse_kl: float
+    within_noise: bool
+
+    @property
+    def change(self) -> float:
+        """Relative change: -0.24 is 24 % below the base."""
+        return self.reverse_kl / self.base_reverse_kl - 1
+
+    def __str__(self) -> str:
+        name, base = (_IN_A_SENTENCE.get(m, m) for m in (self.model, self.base))
+        where = "below" if self.change < 0 else "above"
+        noise = ", within two standard errors" if self.within_noise else ""
+        return (
+            f"{name[0].upper()}{name[1:]}: reverse KL {self.reverse_kl:.2f}, "
+            f"{100 * abs(self.change):.0f} % {where} {base} ({self.base_reverse_kl:.2f}){noise}"
+        )
+
+
+def comparisons(summary: Summary) -> list[Comparison]:
+    """Each student against the one before it, the last student first."""
+    students = [
+        m for m in models(summary) if m != "teacher" and value(summary, m, "reverse_kl") is not None
+    ]
+    found = []
+    for model in reversed(students):
+        # A model of another name came from the SFT student; minillm from sft, sft from start.
+        order = [m for m in students[: students.index(model)] if m in LABELS and m != "minillm"]
+        if not order:
+            continue
+        new, old = (value(summary, m, "reverse_kl") or 0.0 for m in (model, order[-1]))
+        errors = [value(summary, m, "reverse_kl_stderr") for m in (model, order[-1])]
+        noise = math.hypot(*(e or 0.0 for e in errors))
+        if old > 0:
+            found.append(Comparison(model, order[-1], new, old, abs(new - old) < 2 * noise))
+    return found
+
+
+def findings(summary: Summary) -> list[str]:
+    """What the run found, one line each, the main one first."""
+    lines = [str(comparison) for comparison in comparisons(summary)]
+    shown = [m for m in ("minillm", "sft", "start", "teacher") if m in models(summary)]
+    for key, what in (
+        ("greedy_loops", "Greedy answers that loop"),
+        ("greedy_repetition", "Repeated 4-grams in greedy answers"),
+    ):
+        figures = [
+            f"{_IN_A_SENTENCE[m]} {formats.percent(value(summary, m, key))}"
+            for m in shown
+            if value(summary, m, key) is not None
+        ]
+        if figures:
+            lines.append(f"{what}: {', '.join(figures)}")
+            break
+    return lines

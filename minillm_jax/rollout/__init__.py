@@ -1,0 +1,8 @@
+"""Responses written by the models: plain generation, teacher-mixed collection, and re-reading."""
+
+from minillm_jax.rollout.generate import Response, generate
+from minillm_jax.rollout.mixed import Mixing, Rollout, collect
+from minillm_jax.rollout.score import response_states
+from minillm_jax.rollout.warp import Warp
+
+__all__ = ["Mixing", "Response", "Rollout", "Warp", "collect", "generate", "response_states"]

@@ -1,0 +1,199 @@
+"""Teacher-mixed sampling: the student writes, at every position the teacher may take the pen.
+
+Tokens come from p~ = (1 - alpha) q + alpha p (MiniLLM, section 2.2 "Teacher-Mixed Sampling").
+That is a coin per position: with probability alpha draw from the teacher, else from the student.
+The coins depend on no token, so they are thrown first, one sequence for the whole batch, and the
+teacher reads only when it is needed: a whole run of tokens in one chunk, when its next coin comes
+up or `chunk` tokens wait.
+
+```
+position   0 1 2 3 4 5 6 7 8
+coin       s s s T s s s s T        T: the teacher draws
+teacher          ^chunk 0-2        ^chunk 3-7; its hidden states 0..8 are all known then
+```
+
+Each row alone has exactly the law of p~, which is what w = q / p~ needs; rows share only the
+schedule. Nothing is generated twice and no scoring pass follows: log q comes from the decode
+steps, the teacher's hidden states from its chunks, and log p from their head.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from minillm_jax.models import DecoderConfig, extend, head, init_cache, logits, unstack
+from minillm_jax.rollout.warp import draw
+from minillm_jax.types import Params, Sequences
+
+
+@flax.struct.dataclass
+class Rollout(Sequences):
+    """Sampled responses with what the objective needs of both models at every position.
+
+    At masked positions the log-probabilities are 0. `teacher_hidden[:, t]` is the teacher's last
+    hidden state that predicts token t: with the teacher's head it gives p over the whole
+    vocabulary again in every inner epoch, at 1/30 or less of the bytes of the logits.
+    """
+
+    log_q: jax.Array  # [B, N] float32, the student that wrote
+    log_p: jax.Array  # [B, N] float32, the teacher
+    log_mix: jax.Array  # [B, N] float32, log((1 - alpha) q + alpha p)
+    teacher_hidden: jax.Array  # [B, N, Dp]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Settings of a collection.
+
+    `slots` is the response buffer N, `alpha` the teacher's share (the paper's 0.2), `chunk` the
+    most tokens that the teacher reads at once, `vocab` the number of ids true in both models.
+    """
+
+    slots: int
+    alpha: float
+    chunk: int
+    eos_id: int
+    pad_id: int
+    vocab: int
+
+
+@partial(jax.jit, static_argnames=("student", "teacher", "mixing"))
+def collect(
+    student: DecoderConfig,
+    teacher: DecoderConfig,
+    params: Params,
+    teacher_params: Params,
+    prompt: jax.Array,  # [B, P] left-padded
+    prompt_mask: jax.Array,  # [B, P]
+    key: jax.Array,
+    mixing: Mixing,
+) -> Rollout:
+    """Sample a response per prompt from the mixture, at temperature 1.
+
+    Returns:
+        The rollout; the loop ends as soon as every row has ended.
+    """
+    rows, width = prompt.shape
+    slots, chunk, vocab = mixing.slots, mixing.chunk, mixing.vocab
+    coin_key, draw_key = jax.random.split(key)
+    coins = jax.random.bernoulli(coin_key, mixing.alpha, (slots,))
+    uniforms = jax.random.uniform(draw_key, (slots, rows))
+
+    q_weights, q_head = unstack(student, params), head(student, params)
+    p_weights, p_head = unstack(teacher, teacher_params), head(teacher, teacher_params)
+    dtype = params["embed"]["tokens"].dtype
+    teacher_dtype = teacher_params["embed"]["tokens"].dtype
+    q_cache = init_cache(student, rows, width + slots, dtype)
+    # The last chunk is written whole, however few of its tokens are real.
+    p_cache = init_cache(teacher, rows, width + slots + chunk, teacher_dtype)
+    with jax.named_scope("prefill"):
+        hidden, q_cache = extend(student, q_weights, prompt, prompt_mask, q_cache)
+        p_hidden, p_cache = extend(teacher, p_weights, prompt, prompt_mask, p_cache)
+    states = jnp.zeros((rows, slots + chunk + 1, p_hidden.shape[-1]), p_hidden.dtype)
+    states = states.at[:, 0].set(p_hidden[:, -1])
+
+    def student_turn(carry):
+        """One token for every row, from the teacher's scores where its coin is up."""
+        t, done, hidden, cache, tokens, mask, log_q, teacher_scores = carry
+        with jax.named_scope("student_step"):
+            scores = logits(q_head, hidden)[:, :vocab]
+            source = jnp.where(coins[t], teacher_scores, scores)
+            token = jnp.where(done, mixing.pad_id, draw(source, uniforms[t]))
+            chosen = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0]
+            log_prob = jnp.where(done, 0.0, chosen - jax.nn.logsumexp(scores, axis=-1))
+            tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, t))
+            mask = jax.lax.dynamic_update_slice(mask, ~done[:, None], (0, t))
+            log_q = jax.lax.dynamic_update_slice(log_q, log_prob[:, None], (0, t))
+            done = done | (token == mixing.eos_id)
+            here = jnp.ones((rows, 1), bool)
+            hidden, cache = extend(student, q_weights, token[:, None], here, cache)
+        return t + 1, done, hidden[:, 0], cache, tokens, mask, log_q, teacher_scores
+
+    def unfinished(t, done):
+        return (t < slots) & ~jnp.all(done)
+
+    def round_trip(carry):
+        """Student tokens up to the teacher's next turn, then the teacher reads them."""
+        first, done, hidden, q_cache, tokens, mask, log_q, states, p_cache = carry
+        with jax.named_scope("teacher_turn"):
+            state = jax.lax.dynamic_index_in_dim(states, first, axis=1, keepdims=False)
+            teacher_scores = logits(p_head, state)[:, :vocab]
+
+        def students_turn(inner):
+            t, done = inner[0], inner[1]
+            teachers_turn = (t > first) & coins[jnp.minimum(t, slots - 1)]
+            return unfinished(t, done) & (t < first + chunk) & ~teachers_turn
+
+        t, done, hidden, q_cache, tokens, mask, log_q, _ = jax.lax.while_loop(
+            students_turn,
+            student_turn,
+            (first, done, hidden, q_cache, tokens, mask, log_q, teacher_scores),
+        )
+        with jax.named_scope("teacher_chunk"):
+            waiting = jax.lax.dynamic_slice_in_dim(tokens, first, chunk, axis=1)
+            real = jnp.broadcast_to(jnp.arange(chunk)[None] < t - first, waiting.shape)
+            read, p_cache = extend(teacher, p_weights, waiting, real, p_cache, advance=t - first)
+            states = jax.lax.dynamic_update_slice(states, read, (0, first + 1, 0))
+        return t, done, hidden, q_cache, tokens, mask, log_q, states, p_cache
+
+    buffer = slots + chunk
+    start = (
+        jnp.int32(0),
+        ~prompt_mask.any(axis=1),  # rows that only fill the batch
+        hidden[:, -1],
+        q_cache,
+        jnp.full((rows, buffer), mixing.pad_id, jnp.int32),
+        jnp.zeros((rows, slots), bool),
+        jnp.zeros((rows, slots), jnp.float32),
+        states,
+        p_cache,
+    )
+    t, _, _, _, tokens, mask, log_q, states, _ = jax.lax.while_loop(
+        lambda carry: unfinished(carry[0], carry[1]), round_trip, start
+    )
+    tokens, states = tokens[:, :slots], states[:, :slots]
+    log_p = jnp.where(mask, _label_log_probs(p_head, states, tokens, t, vocab), 0.0)
+    log_mix = jnp.where(mask, _log_mixture(log_q, log_p, mixing.alpha), 0.0)
+    return Rollout(
+        prompt=prompt,
+        prompt_mask=prompt_mask,
+        response=jnp.where(mask, tokens, mixing.pad_id),
+        response_mask=mask,
+        log_q=log_q,
+        log_p=log_p,
+        log_mix=log_mix,
+        teacher_hidden=jnp.where(mask[..., None], states, 0),
+    )
+
+
+def _log_mixture(log_q: jax.Array, log_p: jax.Array, alpha: float) -> jax.Array:
+    """log((1 - alpha) q + alpha p), exact at alpha 0 and 1."""
+    if alpha in (0.0, 1.0):
+        return log_p if alpha else log_q
+    return jnp.logaddexp(jnp.log1p(-alpha) + log_q, jnp.log(alpha) + log_p)
+
+
+def _label_log_probs(top, states, tokens, length, vocab) -> jax.Array:
+    """log p of the drawn tokens [B, N] from the teacher's states, a slice of positions at a time.
+
+    Positions from `length` on, that no row reached, are left 0.
+    """
+    rows, slots = tokens.shape
+    stride = min(8, slots)
+
+    def step(carry):
+        start, out = carry
+        # The last slice is moved back to fit; what overlaps is computed twice, to the same value.
+        at = jnp.minimum(start, slots - stride)
+        scores = logits(top, jax.lax.dynamic_slice_in_dim(states, at, stride, 1))[..., :vocab]
+        ids = jax.lax.dynamic_slice_in_dim(tokens, at, stride, 1)
+        chosen = jnp.take_along_axis(scores, jnp.minimum(ids, vocab - 1)[..., None], -1)[..., 0]
+        value = chosen - jax.nn.logsumexp(scores, axis=-1)
+        return start + stride, jax.lax.dynamic_update_slice(out, value, (0, at))
+
+    out = jnp.zeros((rows, slots), jnp.float32)
+    with jax.named_scope("teacher_log_probs"):
+        return jax.lax.while_loop(lambda c: c[0] < length, step, (jnp.int32(0), out))[1]

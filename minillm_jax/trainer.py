@@ -1,0 +1,133 @@
+"""The loop of every method: batch, (collect,) update, log, evaluate, save. No maths is here.
+
+Everything that a step needs follows from its number: the batch, the key, the place in the inner
+epochs. A run that starts again from a checkpoint therefore goes on as if it had never stopped.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from minillm_jax.methods import Method
+from minillm_jax.train_state import TrainState
+from minillm_jax.types import Sequences
+
+MAX_SKIPPED = 10  # non-finite updates in a row that end a run
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on; the message says why and which checkpoint is the last good one."""
+
+
+class Batches(Protocol):
+    """Random access to the batches of a stage: the data position is an index."""
+
+    def __getitem__(self, index: int) -> Sequences: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many updates, of what size, and how often to look.
+
+    An on-policy method collects `rollouts` responses, then makes `inner_epochs` passes over them
+    in batches of `batch_size`; `rollouts` 0 is for methods that only read.
+    """
+
+    steps: int
+    batch_size: int
+    evaluate_every: int
+    save_every: int
+    rollouts: int = 0
+    inner_epochs: int = 1
+
+    @property
+    def updates_per_round(self) -> int:
+        """Updates between two collections."""
+        return self.inner_epochs * (self.rollouts // self.batch_size)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Which collection `step` belongs to, and the place of the step within it."""
+        return divmod(step, self.updates_per_round)
+
+    def rows(self, step: int, seed: int) -> np.ndarray:
+        """Rows of the collection that update `step` uses: each epoch a new order, none twice."""
+        round_, place = self.place(step)
+        epoch, batch = divmod(place, self.rollouts // self.batch_size)
+        order = np.random.default_rng([seed, round_, epoch]).permutation(self.rollouts)
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the stage does with what the loop produces."""
+
+    log: Callable[[int, Mapping[str, float]], None]
+    evaluate: Callable[[int, TrainState], None]
+    save: Callable[[int, TrainState, Any], None]  # step, state, rollout or None
+
+
+def fit(
+    method: Method,
+    state: TrainState,
+    frozen: Any,
+    batches: Batches,
+    schedule: Schedule,
+    hooks: Hooks,
+    *,
+    seed: int,
+    rollout: Any = None,
+    seconds: float = float("inf"),
+) -> TrainState:
+    """Train from `state.step` to `schedule.steps`, or for `seconds`, and return the last state.
+
+    Args:
+        frozen: what the method reads and never changes, such as the teacher.
+        batches: by update for methods that read, by collection for those that collect.
+        rollout: the collection in use when the checkpoint was made, if there was one.
+
+    Raises:
+        TrainingStopped: after `MAX_SKIPPED` non-finite updates in a row.
+    """
+    key = jax.random.key(seed)
+    started = time.monotonic()
+    step = int(state.step)
+    while step < schedule.steps and time.monotonic() - started < seconds:
+        tick = time.monotonic()
+        extra: dict[str, float] = {}
+        if method.collect is None:
+            batch = batches[step]
+            tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+        else:
+            round_, place = schedule.place(step)
+            if place == 0:
+                rollout = method.collect(
+                    state.params, frozen, batches[round_], jax.random.fold_in(key, round_)
+                )
+                drawn = int(jax.block_until_ready(rollout.response_mask).sum())
+                extra["collect_seconds"] = time.monotonic() - tick
+                extra["collect_tokens_per_second"] = drawn / extra["collect_seconds"]
+            rows = schedule.rows(step, seed)
+            batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], rollout)
+            tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+        state, metrics = method.update(state, frozen, batch)
+        step += 1
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values |= extra | {"tokens": tokens}
+        values["tokens_per_second"] = tokens / (time.monotonic() - tick)
+        hooks.log(step, values)
+        if int(state.consecutive_skipped) >= MAX_SKIPPED:
+            raise TrainingStopped(
+                f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; "
+                "lower the learning rate, or look at the data of these steps"
+            )
+        last = step == schedule.steps
+        if last or step % schedule.evaluate_every == 0:
+            hooks.evaluate(step, state)
+        if not last and step % schedule.save_every == 0:
+            more = method.collect is not None and schedule.place(step)[1] != 0
+            hooks.save(step, state, rollout if more else None)
+    return state

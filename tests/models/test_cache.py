@@ -1,0 +1,101 @@
+"""The cached forward equals the full one, however the sequence is cut and padded."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoders import CONFIGS, LLAMA, params_of, tokens_of
+
+from minillm_jax.models import extend, hidden_states, init_cache, unstack
+
+ATOL = 3e-6  # float32, three layers of width 16
+MASK = jnp.array(  # left padding, then none, then a row that ends early, then no token at all
+    [
+        [0, 0, 0, 1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ],
+    bool,
+)
+
+
+@functools.cache
+def case(name):
+    """The config, parameters, tokens, full states and a jitted `extend` of one kind of layer."""
+    config, tokens = CONFIGS[name], tokens_of(*MASK.shape)
+    params = params_of(config)
+    full = jax.jit(lambda: hidden_states(config, params, tokens, MASK))()
+    layers = unstack(config, params)
+
+    @jax.jit
+    def step(tokens, mask, cache, advance):
+        return extend(config, layers, tokens, mask, cache, advance=advance)
+
+    return config, tokens, full, step
+
+
+def check(hidden, full):
+    assert np.isfinite(hidden).all()
+    np.testing.assert_allclose(hidden[MASK], full[MASK], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_and_single_steps_equal_the_full_forward(name):
+    config, tokens, full, step = case(name)
+    cache, states = init_cache(config, 4, 12), []
+    for start, end in ((0, 4), (4, 8), (8, 9), (9, 10)):
+        chunk = slice(start, end)
+        hidden, cache = step(tokens[:, chunk], MASK[:, chunk], cache, end - start)
+        states.append(hidden)
+    check(jnp.concatenate(states, 1), full)
+    assert cache.index == 10
+    np.testing.assert_array_equal(cache.length, MASK.sum(1))
+    np.testing.assert_array_equal(cache.valid, jnp.pad(MASK, ((0, 0), (0, 2))))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "opt_350m"])
+def test_a_padded_chunk_is_overwritten_by_the_next(name):
+    config, tokens, full, step = case(name)
+    cache, states = init_cache(config, 4, 12), []
+    for start, end in ((0, 3), (3, 4), (4, 8), (8, 10)):
+        pad = ((0, 0), (0, 4 - (end - start)))
+        chunk = jnp.pad(tokens[:, start:end], pad, constant_values=7)
+        hidden, cache = step(chunk, jnp.pad(MASK[:, start:end], pad), cache, end - start)
+        states.append(hidden[:, : end - start])
+    check(jnp.concatenate(states, 1), full)
+    assert cache.index == 10
+
+
+def test_a_loop_carries_the_cache_without_a_copy():
+    """The compiled loop body holds one in-place update per cached array and copies none of them."""
+    config = dataclasses.replace(LLAMA, layers=2)
+    params = params_of(config)
+
+    def loop(cache):
+        layers = unstack(config, params)
+        tokens, mask = jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1), bool)
+        return jax.lax.while_loop(
+            lambda cache: cache.index < 12,
+            lambda cache: extend(config, layers, tokens, mask, cache)[1],
+            cache,
+        )
+
+    shape = "f32[4,2,12,6]"
+    program = jax.jit(loop, donate_argnums=0).lower(init_cache(config, 4, 12)).compile().as_text()
+    assert shape in program
+    copies = [line for line in program.splitlines() if f"= {shape}" in line and " copy(" in line]
+    assert not copies
+
+
+def test_the_cache_keeps_its_dtype():
+    config = CONFIGS["llama"]
+    layers = unstack(config, params_of(config))
+    cache = init_cache(config, 4, 12, jnp.bfloat16)
+    tokens = tokens_of(4, 10)
+    hidden, cache = extend(config, layers, tokens, MASK, cache, dtype=jnp.float32)
+    assert hidden.dtype == jnp.float32 and cache.keys[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(hidden[MASK], case("llama")[2][MASK], atol=0.1)

@@ -1,0 +1,196 @@
+"""Every family against transformers: golden logits always, live torch where it is installed."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from golden import make
+
+from minillm_jax import models
+from minillm_jax.models import hf
+from minillm_jax.models.families import FAMILIES, family_of
+from minillm_jax.models.families._hf import Attributes, dtype_name
+from minillm_jax.types import InputError
+
+ATOL = 1e-5
+CASES = sorted(make.CASES)
+live = pytest.mark.filterwarnings("ignore")  # those of torch and transformers
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, tokens, mask):
+    hidden = models.hidden_states(config, params, tokens, mask)
+    return models.logits(models.head(config, params), hidden)
+
+
+def our_logits(checkpoint, tokens, mask):
+    tokens = np.asarray(tokens, np.int32)
+    return np.asarray(forward(checkpoint.config, checkpoint.params, tokens, mask))
+
+
+def assert_same(found, wanted, mask):
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[mask], wanted[mask], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_golden_ones(name, tmp_path):
+    golden = make.write_folder(name, tmp_path)
+    assert golden["mask"][0, 0] == golden["mask"][2, -1] == False  # noqa: E712  both sides padded
+    logits = our_logits(hf.load(tmp_path), golden["tokens"], golden["mask"])
+    assert_same(logits, golden["logits"], golden["mask"])
+
+
+@live
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_torch_there_and_back(name, tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = make.build(name, seed=7)
+    make.save(model, tmp_path / "theirs")
+    tokens, mask = make.batch()
+    wanted = make.torch_logits(model, tokens, mask)
+
+    checkpoint = hf.load(tmp_path / "theirs")
+    assert_same(our_logits(checkpoint, tokens, mask), wanted, mask)
+
+    hf.save(tmp_path / "ours", checkpoint.config, checkpoint.params, checkpoint.hf_config)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    np.testing.assert_array_equal(make.torch_logits(again, tokens, mask)[mask], wanted[mask])
+
+
+@live
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_with_layers_taken_out_loads_in_transformers(name, tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    golden = make.write_folder(name, tmp_path / "theirs")
+    small = hf.keep_layers(hf.load(tmp_path / "theirs"), [0, 2])
+    hf.save(tmp_path / "ours", small.config, small.params, small.hf_config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    wanted = make.torch_logits(model, golden["tokens"], golden["mask"])
+    assert_same(our_logits(small, golden["tokens"], golden["mask"]), wanted, golden["mask"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_weight_may_be_swapped_unseen(name, tmp_path):
+    """The golden logits depend on every tensor, so that a wrong name cannot pass."""
+    golden = make.write_folder(name, tmp_path)
+    checkpoint = hf.load(tmp_path)
+    logits = our_logits(checkpoint, golden["tokens"], golden["mask"])
+
+    def check(tree):
+        for key, leaf in tree.items():
+            if isinstance(leaf, dict):
+                check(leaf)
+                continue
+            tree[key] = leaf[..., ::-1]
+            other = our_logits(checkpoint, golden["tokens"], golden["mask"])
+            assert np.abs(other - logits)[golden["mask"]].max() > 100 * ATOL, key
+            tree[key] = leaf
+
+    check(checkpoint.params)
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "type": "x", **LLAMA3}},
+    ],
+)
+def test_rope_is_read_in_every_spelling(spelling):
+    attributes = Attributes(spelling)
+    rope = attributes.rope()
+    attributes.finish("test")
+    assert rope["rope_theta"] == 5e5
+    assert (rope["rope_scaling"].kind, rope["rope_scaling"].factor) == ("llama3", 8.0)
+    assert rope["rope_scaling"].original_max_positions == 8192
+
+
+@pytest.mark.parametrize(
+    "spelling", [{"rope_theta": 7}, {"rope_parameters": {"rope_theta": 7, "rope_type": "default"}}]
+)
+def test_plain_rope_is_read_in_both_spellings(spelling):
+    assert Attributes(spelling).rope() == {"rope_theta": 7.0, "rope_scaling": None}
+    assert Attributes({}).rope()["rope_theta"] == 10000.0
+
+
+def test_dtype_is_read_in_both_spellings():
+    assert dtype_name({"dtype": "bfloat16"}) == dtype_name({"torch_dtype": "bfloat16"})
+    assert dtype_name({}) is None
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 40,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"clip_qkv": 8.0}, "attribute clip_qkv = 8.0"),
+        ({"quantization_config": {"bits": 4}}, "attribute quantization_config"),
+        ({"attention_dropout": 0.1}, "attribute attention_dropout = 0.1 is not supported"),
+        ({"hidden_act": "mish"}, "hidden_act = 'mish'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "x = 1"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers must be int, not 'two'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be int"),
+        ({"num_attention_heads": 0}, "impossible sizes"),
+        ({"num_key_value_heads": 3}, "impossible sizes"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; choose one of llama"),
+        ({"model_type": None}, "no model_type"),
+    ],
+)
+def test_what_a_config_says_beyond_the_table_is_refused(change, said):
+    with pytest.raises(InputError) as caught:
+        family_of({**LLAMA, **change}).read({**LLAMA, **change})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_harmless_and_default_attributes_are_accepted():
+    plain = family_of(LLAMA).read(LLAMA)
+    harmless = {"eos_token_id": 3, "use_cache": False, "attention_dropout": 0.0, "clip_qkv": None}
+    assert family_of(LLAMA).read({**LLAMA, **harmless}) == plain
+    assert not plain.tied_head  # the default of transformers
+
+
+def test_families_import_neither_jax_nor_flax():
+    import ast
+    import pathlib
+
+    import minillm_jax.models.families as package
+
+    for file in pathlib.Path(package.__path__[0]).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in getattr(node, "names", ())]
+            names.append(getattr(node, "module", None) or "")
+            assert not any(name.split(".")[0] in ("jax", "flax") for name in names), file
+
+
+def test_every_family_has_a_golden_model():
+    covered = {
+        json.loads(str(np.load(make.HERE / f"{n}.npz")["config"]))["model_type"] for n in CASES
+    }
+    assert covered == set(FAMILIES)

@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minillm_jax.models import head, hidden_states, logits
+from minillm_jax.rollout import Warp, generate
+from tests.toy_models import prompts, toy
+
+VOCAB, EOS = 7, 0
+CONFIG, PARAMS = toy(0, vocab=VOCAB)
+
+
+def answer(prompt, mask, *, warp=Warp(temperature=0.0), slots=12, key=0, vocab=VOCAB, eos=EOS):
+    return generate(
+        CONFIG, PARAMS, prompt, mask, jax.random.key(key),
+        slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=vocab,
+    )  # fmt: skip
+
+
+def scores(prompt, mask, found):
+    """Logits [B, N, V] that the full forward pass gives at the response positions."""
+    tokens = jnp.concatenate([prompt, found.tokens], axis=1)
+    mask = jnp.concatenate([mask, found.mask], axis=1)
+    hidden = hidden_states(CONFIG, PARAMS, tokens, mask)[:, prompt.shape[1] - 1 : -1]
+    return logits(head(CONFIG, PARAMS), hidden)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward():
+    prompt, mask = prompts(32, 5, VOCAB)
+    found = answer(prompt, mask)
+    best = jnp.argmax(scores(prompt, mask, found), axis=-1)
+    assert found.mask.sum() > 20
+    assert jnp.all((best == found.tokens) | ~found.mask)
+
+
+def test_mask_ends_with_the_first_end_of_sequence():
+    prompt, mask = prompts(32, 5, VOCAB)
+    found = answer(prompt, mask, warp=Warp(), slots=4, key=1)
+    ended = 0
+    for tokens, real in zip(np.asarray(found.tokens), np.asarray(found.mask), strict=True):
+        length = int(real.sum())
+        assert real[:length].all() and (tokens[length:] == EOS).all()
+        assert EOS not in tokens[: length - 1]
+        ended += length < len(tokens)
+        assert length == len(tokens) or tokens[length - 1] == EOS
+    assert 0 < ended < 32
+
+
+def test_width_of_the_padding_changes_nothing():
+    prompt, mask = prompts(6, 5, VOCAB)
+    wide = jnp.pad(prompt, ((0, 0), (4, 0)), constant_values=3)
+    found = answer(prompt, mask, warp=Warp(no_repeat_ngram=3), key=2)
+    again = answer(wide, jnp.pad(mask, ((0, 0), (4, 0))), warp=Warp(no_repeat_ngram=3), key=2)
+    np.testing.assert_array_equal(found.tokens, again.tokens)
+
+
+def test_rows_that_fill_the_batch_stay_empty():
+    prompt, mask = prompts(3, 5, VOCAB)
+    found = answer(prompt, mask.at[1].set(False))
+    assert found.mask.any(axis=1).tolist() == [True, False, True]
+
+
+def test_ids_beyond_the_vocabulary_are_not_drawn():
+    prompt, mask = prompts(16, 5, 4)
+    found = answer(prompt, mask, warp=Warp(), vocab=4, eos=-1)
+    assert set(np.unique(found.tokens)) == {0, 1, 2, 3}
+
+
+def test_ban_leaves_no_repeated_ngram():
+    prompt, mask = prompts(8, 5, VOCAB)
+    found = answer(prompt, mask, warp=Warp(no_repeat_ngram=2), slots=20, eos=-1)
+    for row, real, tokens in zip(prompt, mask, found.tokens, strict=True):
+        text = row[real].tolist() + tokens.tolist()
+        # bigrams inside the prompt may repeat; those that a generated id completes may not
+        grams = list(zip(text, text[1:], strict=False))
+        fresh = grams[int(real.sum()) - 1 :]
+        assert all(gram not in grams[: len(grams) - len(fresh) + i] for i, gram in enumerate(fresh))

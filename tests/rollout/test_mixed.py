@@ -1,0 +1,107 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minillm_jax.models import head, hidden_states, logits
+from minillm_jax.rollout import Mixing, collect, response_states
+from tests.toy_models import prompts, toy
+
+VOCAB, EOS = 7, 0
+STUDENT, Q = toy(0, vocab=VOCAB)
+TEACHER, P = toy(1, vocab=VOCAB, layers=3, width=24)
+
+
+def mixing(**changes):
+    settings = {"slots": 12, "alpha": 0.3, "chunk": 3, "eos_id": EOS, "pad_id": EOS}
+    return Mixing(**(settings | {"vocab": VOCAB} | changes))
+
+
+def rollout(key=0, rows=8, **changes):
+    prompt, mask = prompts(rows, 5, VOCAB)
+    return collect(STUDENT, TEACHER, Q, P, prompt, mask, jax.random.key(key), mixing(**changes))
+
+
+def log_probs(config, params, found):
+    """log-probabilities [B, N, V] of the full forward pass at the response positions."""
+    return jax.nn.log_softmax(
+        logits(head(config, params), response_states(config, params, found)), axis=-1
+    )
+
+
+def drawn(log_prob, found):
+    chosen = jnp.take_along_axis(log_prob, found.response[..., None], axis=-1)[..., 0]
+    return jnp.where(found.response_mask, chosen, 0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk", [1, 3, 12])
+def test_scores_of_the_loop_are_those_of_a_scoring_pass(alpha, chunk):
+    found = rollout(alpha=alpha, chunk=chunk)
+    assert 20 < found.response_mask.sum() < found.response_mask.size  # some rows ended
+    log_q, log_p = (
+        drawn(log_probs(*model, found), found) for model in ((STUDENT, Q), (TEACHER, P))
+    )
+    np.testing.assert_allclose(found.log_q, log_q, atol=1e-5)
+    np.testing.assert_allclose(found.log_p, log_p, atol=1e-5)
+    mixture = jnp.log((1 - alpha) * jnp.exp(log_q) + alpha * jnp.exp(log_p))
+    np.testing.assert_allclose(found.log_mix, mixture, atol=1e-5)
+
+
+def test_stored_teacher_states_are_those_of_the_full_forward():
+    found = rollout()
+    tokens = jnp.concatenate([found.prompt, found.response], axis=1)
+    mask = jnp.concatenate([found.prompt_mask, found.response_mask], axis=1)
+    states = hidden_states(TEACHER, P, tokens, mask)[:, found.prompt.shape[1] - 1 : -1]
+    expected = jnp.where(found.response_mask[..., None], states, 0)
+    np.testing.assert_allclose(found.teacher_hidden, expected, atol=1e-5)
+
+
+def test_frequencies_are_those_of_the_mixture():
+    """Every sequence of three ids, over 60,000 coin schedules, against the product of p~."""
+    vocab, slots, runs, alpha = 3, 3, 60_000, 0.4
+    student, q = toy(2, vocab=vocab)
+    teacher, p = toy(3, vocab=vocab)
+    prompt, mask = jnp.array([[1, 2]]), jnp.ones((1, 2), bool)
+    settings = mixing(slots=slots, alpha=alpha, chunk=2, eos_id=-1, vocab=vocab)
+
+    def one(key):
+        return collect(student, teacher, q, p, prompt, mask, key, settings).response[0]
+
+    drawn = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), runs)))
+    counts = np.bincount(drawn @ vocab ** np.arange(slots)[::-1], minlength=vocab**slots)
+
+    every = jnp.array(list(itertools.product(range(vocab), repeat=slots)))
+    tokens = jnp.concatenate([jnp.tile(prompt, (len(every), 1)), every], axis=1)
+    exact = jnp.ones(len(every))
+    both = []
+    for config, params in ((student, q), (teacher, p)):
+        hidden = hidden_states(config, params, tokens, jnp.ones_like(tokens, bool))[:, 1:-1]
+        both.append(jax.nn.softmax(logits(head(config, params), hidden), axis=-1))
+    blend = (1 - alpha) * both[0] + alpha * both[1]
+    exact = jnp.prod(jnp.take_along_axis(blend, every[..., None], axis=-1)[..., 0], axis=1)
+    expected = np.asarray(exact, np.float64) * runs
+    # The statistic has 26 degrees of freedom; 60 is beyond its 99.98 % point.
+    assert np.sum((counts - expected) ** 2 / expected) < 60
+    # The same test sees the difference from the student alone.
+    alone = jnp.prod(jnp.take_along_axis(both[0], every[..., None], axis=-1)[..., 0], axis=1)
+    alone = np.asarray(alone, np.float64) * runs
+    assert np.sum((counts - alone) ** 2 / alone) > 600
+
+
+def test_same_key_same_tokens_whatever_the_chunk():
+    """The chunk size is a matter of speed alone."""
+    first, *others = (rollout(key=5, chunk=chunk).response for chunk in (1, 4, 12))
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+    assert (rollout(key=6).response != first).any()
+
+
+def test_rows_that_fill_the_batch_stay_empty():
+    prompt, mask = prompts(3, 5, VOCAB)
+    mask = mask.at[2].set(False)
+    found = collect(STUDENT, TEACHER, Q, P, prompt, mask, jax.random.key(0), mixing())
+    assert found.response_mask.any(axis=1).tolist() == [True, True, False]
+    assert (found.log_q[2] == 0).all() and (found.teacher_hidden[2] == 0).all()

@@ -42,6 +42,7 @@ def get_config(arg: str = ""):
         config.data.limit = 8
         config.data.max_response = 12
         config.sft.steps = config.distill.steps = 2
+        config.sft.warmup = config.distill.warmup = 1
         config.sft.evaluate_every = config.distill.evaluate_every = 2
         config.sft.batch_size = config.distill.batch_size = 4
         config.distill.rollouts = 4

@@ -9,6 +9,7 @@ whole, so a killed run leaves none by halves. Only this file knows Orbax.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -106,7 +107,8 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return False
             raise ValueError(f"step {step} is behind the latest checkpoint {latest}")
-        self._check_space([state, buffer])
+        with self._one_line():
+            self._check_space([state, buffer])
         run = {"format": FORMAT, "settings": self._settings, "extra": extra or {}}
         items = {"state": ocp_args.StandardSave(state), "run": ocp_args.JsonSave(run)}
         if buffer is not None:
@@ -210,6 +212,8 @@ class Checkpoints:
     def _check_space(self, tree: Any) -> None:
         if "://" in os.fspath(self.directory):
             return
+        if not os.access(self.directory, os.W_OK):  # before Orbax has begun anything
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         need = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.directory).free
         if need > free:

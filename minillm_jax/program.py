@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from minillm_jax.types import InputError
 
@@ -17,6 +17,7 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # jax reports the backends that are not there
     try:
         main(argv)
     except InputError as error:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from minillm_jax.optim import all_finite
 from minillm_jax.sharding import replicated, tree_shardings
@@ -34,7 +35,7 @@ class TrainState:
     consecutive_skipped: jax.Array  # int32, of those the ones since the last good update
 
     def apply_gradients(
-        self, optimizer: optax.GradientTransformation, grads: Params, loss: jax.Array
+        self, optimizer: optax.GradientTransformation, grads: Params, loss: ArrayLike
     ) -> tuple["TrainState", dict[str, jax.Array]]:
         """Return the state after one update, and its metrics `grad_norm` and `skipped` (0 or 1).
 

@@ -16,8 +16,8 @@ LAYERS = (
     {"models", "objectives", "data"},
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},
-    {"pipeline", "build", "trainer", "checkpoint"},
-    {"main", "plan", "generate", "export"},
+    {"pipeline", "stages", "build", "trainer", "checkpoint", "modelfiles"},
+    {"main", "plan", "generate", "export", "program"},
 )
 PEERLESS = LAYERS[1]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -35,19 +35,21 @@ def attend(
 
 
 def causal_mask(mask: jax.Array) -> jax.Array:
-    """Return who sees whom in `mask` [B, T]: a query sees the real slots up to its own, [B, T, T]."""
+    """Return [B, T, T], true where a query sees a key: the real slots of `mask` up to its own."""
     slots = jnp.arange(mask.shape[1])
     return mask[:, None, :] & (slots[None, None, :] <= slots[None, :, None])
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
-    """Return the number of real tokens before each slot of `mask` [..., T], int32, whatever the side
-    of the padding; a padded slot takes the position of its left neighbour, or 0."""
+    """Return the real tokens before each slot of `mask` [..., T], int32, wherever the padding is.
+
+    A padded slot takes the position of its left neighbour, or 0.
+    """
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
 def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Return theta^(-2i / rope_dim) after `rope_scaling`, float32 [rope_dim / 2] (RoFormer, eq. 15)."""
+    """Return theta^(-2i / rope_dim), rescaled, float32 [rope_dim / 2] (RoFormer, section 3.2.2)."""
     frequencies = config.rope_theta ** -(np.arange(0, config.rope_dim, 2) / config.rope_dim)
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "linear":

@@ -8,6 +8,8 @@ row 1 valid  c  d  e  f  z  .  .  .      each has its own `length`, the position
 ```
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from jax.typing import DTypeLike
 
 from minillm_jax.models.attention import positions_of
 from minillm_jax.models.config import DecoderConfig
-from minillm_jax.models.decoder import Block, Decoder, Slots
+from minillm_jax.models.decoder import Decoder
+from minillm_jax.models.layers import Block, Slots
 from minillm_jax.types import Params
 
 
@@ -83,11 +86,11 @@ def extend(
     slot = jnp.arange(valid.shape[1])[None, None, :]
     query = (cache.index + jnp.arange(chunk))[None, :, None]
     seen = valid[:, None, :] & (slot <= query)
-    sight = {None: seen}
+    sight: dict[int | None, jax.Array] = {None: seen}
     if config.windows is not None:
         distance = positions[:, :, None] - positions_of(valid)[:, None, :]
-        for window in set(config.windows) - {None}:
-            sight[window] = seen & (distance < window)
+        for window in set(config.windows):
+            sight[window] = seen if window is None else seen & (distance < window)
 
     outer = Decoder(config)
     with jax.named_scope("embed"):
@@ -100,7 +103,7 @@ def extend(
             x, slots = block.apply({"params": layer}, x, angles, (sight[window], None), None, slots)
             keys.append(slots.keys)
             values.append(slots.values)
-    hidden = outer.apply({"params": params.outer}, x, method="finish")
+    hidden: Any = outer.apply({"params": params.outer}, x, method="finish")
     return hidden, Cache(
         tuple(keys),
         tuple(values),

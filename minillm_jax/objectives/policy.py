@@ -21,7 +21,7 @@ from jax import lax
 
 from minillm_jax.objectives import reduce
 from minillm_jax.objectives.reduce import keep
-from minillm_jax.types import InputError
+from minillm_jax.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +101,17 @@ class Targets:
     reward: jax.Array  # [B, N]
 
 
-def log_mixture(log_q: jax.Array, log_p: jax.Array, alpha: float | None) -> jax.Array:
+def log_mixture(log_q: Array, log_p: Array, alpha: float | None) -> jax.Array:
     """log p~ = log((1 - alpha) q + alpha p); log q where nothing is mixed (None or <= 0)."""
     chex.assert_equal_shape([log_q, log_p])
     if alpha is None or alpha <= 0:
-        return log_q
+        return jnp.asarray(log_q)
     if alpha >= 1:
-        return log_p
+        return jnp.asarray(log_p)
     return jnp.logaddexp(log_q + jnp.log1p(-alpha), log_p + jnp.log(alpha))
 
 
-def discounted(rewards: jax.Array, decay: float | jax.Array) -> jax.Array:
+def discounted(rewards: Array, decay: float | Array) -> jax.Array:
     """G_t = r_t + decay_t G_{t+1} along the last axis [B, N], in O(log N) steps.
 
     Only products of `decay` are formed, never quotients or gamma^-t, so a long answer underflows to
@@ -125,17 +125,15 @@ def discounted(rewards: jax.Array, decay: float | jax.Array) -> jax.Array:
     return lax.associative_scan(chain, (decay, rewards), reverse=True, axis=rewards.ndim - 1)[1]
 
 
-def rewards(
-    policy: Policy, log_p: jax.Array, log_q_old: jax.Array, mask: jax.Array
-) -> jax.Array:  # [B, N]
-    """r_t = clip((log p - log q_old) / reward_scaling), 0 in padding."""
+def rewards(policy: Policy, log_p: Array, log_q_old: Array, mask: Array) -> jax.Array:
+    """r_t = clip((log p - log q_old) / reward_scaling), [B, N], 0 in padding."""
     reward = keep(log_p - log_q_old, mask) / policy.reward_scaling
-    return reward if policy.reward_clip is None else jnp.clip(
-        reward, -policy.reward_clip, policy.reward_clip
-    )
+    if policy.reward_clip is None:
+        return reward
+    return jnp.clip(reward, -policy.reward_clip, policy.reward_clip)
 
 
-def returns(policy: Policy, reward: jax.Array, weight: jax.Array, mask: jax.Array) -> jax.Array:
+def returns(policy: Policy, reward: Array, weight: Array, mask: Array) -> jax.Array:
     """A_t before whitening, [B, N]; `weight` is the tokens' own w_t, used by `prefix_weights`.
 
         lmops      sum_{k>=t} gamma^{k-t} r_k   / #{k >= t}
@@ -160,12 +158,13 @@ def returns(policy: Policy, reward: jax.Array, weight: jax.Array, mask: jax.Arra
     return keep(value, mask)
 
 
-def whitened(policy: Policy, advantage: jax.Array, mask: jax.Array) -> jax.Array:
+def whitened(policy: Policy, advantage: Array, mask: Array) -> jax.Array:
     """A less its mean, over its standard deviation (biased, eps 1e-8), over the whole batch [B, N].
 
     The statistics are those of the real tokens; `lmops` counts the zeros of padding too, so there
     the result depends on N.
     """
+    advantage = jnp.asarray(advantage)
     if policy.whiten == "none":
         return advantage
     counted = jnp.ones_like(mask) if policy.estimator == "lmops" else mask
@@ -178,15 +177,15 @@ def whitened(policy: Policy, advantage: jax.Array, mask: jax.Array) -> jax.Array
 
 def prepare(
     policy: Policy,
-    log_p: jax.Array,  # [B, N]
-    log_q_old: jax.Array,  # [B, N]
-    log_mix: jax.Array,  # [B, N]
-    mask: jax.Array,  # [B, N]
+    log_p: Array,  # [B, N]
+    log_q_old: Array,  # [B, N]
+    log_mix: Array,  # [B, N]
+    mask: Array,  # [B, N]
 ) -> Targets:
     """Rewards, weights and advantages of the GLOBAL batch of an update, without gradient.
 
     Log-probabilities are those of the drawn tokens when they were drawn. A token that only the
-    teacher could draw (log_q_old = -inf) has weight 0; set `reward_clip`, or its reward is infinite.
+    teacher could draw (log_q_old = -inf) has weight 0; without `reward_clip` its reward is inf.
     """
     chex.assert_rank(mask, 2)
     chex.assert_equal_shape([log_p, log_q_old, log_mix, mask])
@@ -207,10 +206,10 @@ def prepare(
 
 def losses(
     policy: Policy,
-    log_q: jax.Array,  # [B, N]
-    reverse_kl: jax.Array,  # [B, N]
+    log_q: Array,  # [B, N]
+    reverse_kl: Array,  # [B, N]
     targets: Targets,
-    mask: jax.Array,  # [B, N]
+    mask: Array,  # [B, N]
 ) -> dict[str, jax.Array]:
     """Per-token [B, N] "loss" = "policy" + "single_step" of a micro-batch, 0 in padding.
 
@@ -227,9 +226,7 @@ def losses(
     clipped = jnp.zeros_like(mask)
     if policy.cliprange is not None:
         centre = 1.0 if policy.clip_weight else targets.weight
-        bounded = jnp.clip(
-            ratio, centre * (1 - policy.cliprange), centre * (1 + policy.cliprange)
-        )
+        bounded = jnp.clip(ratio, centre * (1 - policy.cliprange), centre * (1 + policy.cliprange))
         clipped = -targets.advantage * bounded > surrogate
         surrogate = jnp.where(clipped, -targets.advantage * bounded, surrogate)
     single = reverse_kl * targets.weight if policy.weight_single_step else reverse_kl

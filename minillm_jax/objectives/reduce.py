@@ -9,6 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from minillm_jax.types import Array
+
 
 class Pair(NamedTuple):
     """A sum and what it is to be divided by; a pytree, so `jax.lax.psum` and `add` apply."""
@@ -17,7 +19,7 @@ class Pair(NamedTuple):
     count: jax.Array
 
 
-def keep(values: jax.Array, mask: jax.Array) -> jax.Array:
+def keep(values: Array, mask: Array) -> jax.Array:
     """`values` where the mask is set, else 0; a mask [B, N] also blanks [B, N, ...].
 
     Selecting before the arithmetic (not multiplying after it) is what keeps NaN in padding out of
@@ -28,8 +30,8 @@ def keep(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def total(
-    values: jax.Array,  # [B, N]
-    mask: jax.Array,  # [B, N]
+    values: Array,  # [B, N]
+    mask: Array,  # [B, N]
     per: Literal["token", "sequence"] = "token",
 ) -> Pair:
     """Sum of the real tokens, and how many tokens (or sequences that have a token) there are."""
@@ -54,8 +56,8 @@ def mean(pairs: Any) -> Any:
     )
 
 
-def effective_sample_size(weight: jax.Array, mask: jax.Array) -> jax.Array:
-    """Kish's (sum w)^2 / (n sum w^2) of importance weights [B, N], in (0, 1]; 1 if all are equal."""
+def effective_sample_size(weight: Array, mask: Array) -> jax.Array:
+    """Kish's (sum w)^2 / (n sum w^2) of importance weights [B, N]: in (0, 1], 1 if all equal."""
     first, n = total(weight, mask)
     second = total(jnp.square(weight), mask).sum
     return jnp.where(second > 0, jnp.square(first) / jnp.where(second > 0, n * second, 1), 0)

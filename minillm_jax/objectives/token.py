@@ -2,54 +2,54 @@
 
 Arguments are logits or log-probabilities [..., V] (a log-softmax leaves log-probabilities as they
 are), student q before teacher p. Results have the shape [...] and the input's float type, at least
-float32. An entry whose log-probability is -inf contributes 0 to every sum, as in the reference code,
-so cut distributions (top-p) give finite values; blank padding first, `reduce.keep(logits, mask)`.
+float32. An entry whose log-probability is -inf contributes 0 to every sum, as in the reference
+code, so cut distributions (top-p) give finite values. Blank padding first: `reduce.keep`.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from minillm_jax.types import Array
 
-def log_prob_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
+
+def log_prob_of(logits: Array, labels: Array) -> jax.Array:
     """log q(y_t) of labels [...] under logits [..., V]."""
     chex.assert_equal_shape_prefix([logits, labels], labels.ndim)
     chosen = jnp.take_along_axis(_log_softmax(logits), labels[..., None], axis=-1)
     return chosen[..., 0]
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: Array, labels: Array) -> jax.Array:
     """-log q(y_t) of labels [...] under logits [..., V]."""
     return -log_prob_of(logits, labels)
 
 
-def soft_cross_entropy(logits_q: jax.Array, logits_p: jax.Array) -> jax.Array:
+def soft_cross_entropy(logits_q: Array, logits_p: Array) -> jax.Array:
     """-sum_v p_v log q_v, the teacher's soft targets."""
     log_q, log_p = _pair(logits_q, logits_p)
     return -_expected(log_p, log_q)
 
 
-def corpus(
-    logits_q: jax.Array, logits_p: jax.Array, labels: jax.Array, kd_ratio: float
-) -> jax.Array:
+def corpus(logits_q: Array, logits_p: Array, labels: Array, kd_ratio: float) -> jax.Array:
     """(1 - k) CE(labels) + k (-sum p log q): L_PT of MiniLLM on its corpus, and the KD baseline."""
     hard, soft = cross_entropy(logits_q, labels), soft_cross_entropy(logits_q, logits_p)
     return (1 - kd_ratio) * hard + kd_ratio * soft
 
 
-def entropy(logits: jax.Array) -> jax.Array:
+def entropy(logits: Array) -> jax.Array:
     """-sum_v q_v log q_v."""
     log_q = _log_softmax(logits)
     return -_expected(log_q, log_q)
 
 
-def forward_kl(logits_q: jax.Array, logits_p: jax.Array) -> jax.Array:
+def forward_kl(logits_q: Array, logits_p: Array) -> jax.Array:
     """KL[p || q] = sum_v p_v (log p_v - log q_v): mean-seeking."""
     log_q, log_p = _pair(logits_q, logits_p)
     return _kl(log_p, log_q)
 
 
-def reverse_kl(logits_q: jax.Array, logits_p: jax.Array) -> jax.Array:
+def reverse_kl(logits_q: Array, logits_p: Array) -> jax.Array:
     """KL[q || p] = sum_v q_v (log q_v - log p_v): mode-seeking.
 
     d/dz_v = q_v (log q_v - log p_v - KL) for student logits z, written out so that only the logits
@@ -59,11 +59,11 @@ def reverse_kl(logits_q: jax.Array, logits_p: jax.Array) -> jax.Array:
     return _reverse_kl(logits_q, logits_p)
 
 
-def jsd(logits_q: jax.Array, logits_p: jax.Array, beta: float) -> jax.Array:
+def jsd(logits_q: Array, logits_p: Array, beta: float) -> jax.Array:
     """beta KL[p || m] + (1 - beta) KL[q || m], m = beta p + (1 - beta) q (GKD, arXiv 2306.13649).
 
-    It vanishes as beta -> 0 like beta KL[p || q] and as beta -> 1 like (1 - beta) KL[q || p]; at the
-    endpoints themselves those two divergences are returned, unscaled, as GKD names them.
+    Like beta KL[p || q] as beta -> 0 and like (1 - beta) KL[q || p] as beta -> 1; at the ends
+    themselves those two divergences are returned, unscaled, as GKD names them.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"jsd: beta={beta} is outside [0, 1]")
@@ -76,35 +76,35 @@ def jsd(logits_q: jax.Array, logits_p: jax.Array, beta: float) -> jax.Array:
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
-def skew_forward_kl(logits_q: jax.Array, logits_p: jax.Array, skew: float) -> jax.Array:
+def skew_forward_kl(logits_q: Array, logits_p: Array, skew: float) -> jax.Array:
     """KL[p || skew p + (1 - skew) q] (DistiLLM, arXiv 2402.03898, eq. 3); skew 0: forward KL."""
     log_q, log_p = _pair(logits_q, logits_p)
     return _kl(log_p, _log_blend(log_q, log_p, skew))
 
 
-def skew_reverse_kl(logits_q: jax.Array, logits_p: jax.Array, skew: float) -> jax.Array:
+def skew_reverse_kl(logits_q: Array, logits_p: Array, skew: float) -> jax.Array:
     """KL[q || (1 - skew) p + skew q] (DistiLLM, arXiv 2402.03898); skew 0: reverse KL."""
     log_q, log_p = _pair(logits_q, logits_p)
     return _kl(log_q, _log_blend(log_q, log_p, 1 - skew))
 
 
-def total_variation(logits_q: jax.Array, logits_p: jax.Array) -> jax.Array:
+def total_variation(logits_q: Array, logits_p: Array) -> jax.Array:
     """(1/2) sum_v |q_v - p_v|, in [0, 1]."""
     log_q, log_p = _pair(logits_q, logits_p)
     return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_q) - jnp.exp(log_p)), axis=-1)
 
 
-def _log_softmax(logits: jax.Array) -> jax.Array:
+def _log_softmax(logits: Array) -> jax.Array:
     return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
 
 
-def _same(logits_q: jax.Array, logits_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _same(logits_q: Array, logits_p: Array) -> tuple[jax.Array, jax.Array]:
     chex.assert_equal_shape([logits_q, logits_p])
     dtype = jnp.promote_types(jnp.promote_types(logits_q.dtype, logits_p.dtype), jnp.float32)
-    return logits_q.astype(dtype), logits_p.astype(dtype)
+    return jnp.asarray(logits_q, dtype), jnp.asarray(logits_p, dtype)
 
 
-def _pair(logits_q: jax.Array, logits_p: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pair(logits_q: Array, logits_p: Array) -> tuple[jax.Array, jax.Array]:
     logits_q, logits_p = _same(logits_q, logits_p)
     return _log_softmax(logits_q), _log_softmax(logits_p)
 
@@ -129,7 +129,7 @@ def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
     return jnp.sum(weight * (finite_a - finite_b), axis=-1)
 
 
-def _log_blend(log_q: jax.Array, log_p: jax.Array, beta: float) -> jax.Array:
+def _log_blend(log_q: Array, log_p: Array, beta: float) -> jax.Array:
     """log(beta p + (1 - beta) q); -inf, without a NaN gradient, where both are."""
     top = jax.lax.stop_gradient(jnp.maximum(log_q, log_p))
     some, top = _finite(top)
@@ -139,7 +139,7 @@ def _log_blend(log_q: jax.Array, log_p: jax.Array, beta: float) -> jax.Array:
 
 
 @jax.custom_vjp
-def _reverse_kl(logits_q: jax.Array, logits_p: jax.Array) -> jax.Array:
+def _reverse_kl(logits_q: Array, logits_p: Array) -> jax.Array:
     return _kl(_log_softmax(logits_q), _log_softmax(logits_p))
 
 

@@ -17,23 +17,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from minillm_jax.objectives.reduce import keep, total
+from minillm_jax.types import Array
 
 Scores = dict[str, jax.Array]
 Model = tuple[jax.Array, jax.Array, jax.Array | None]  # hidden [n, R, D], weight [V, D], bias [V]
 
 
 def scores(
-    hidden_q: jax.Array,  # [B, N, Dq]
-    weight_q: jax.Array,  # [V, Dq]
-    bias_q: jax.Array | None,  # [V]
-    hidden_p: jax.Array,  # [B, N, Dp]
-    weight_p: jax.Array,  # [V, Dp]
-    bias_p: jax.Array | None,  # [V]
-    labels: jax.Array,  # [B, N]
-    mask: jax.Array,  # [B, N]
+    hidden_q: Array,  # [B, N, Dq]
+    weight_q: Array,  # [V, Dq]
+    bias_q: Array | None,  # [V]
+    hidden_p: Array,  # [B, N, Dp]
+    weight_p: Array,  # [V, Dp]
+    bias_p: Array | None,  # [V]
+    labels: Array,  # [B, N]
+    mask: Array,  # [B, N]
     *,
     vocab_size: int | None = None,
-    block: int = 512,
+    block: int = 256,
 ) -> Scores:
     """Per-token [B, N] values of z = h W^T + b: "log_q" and "log_p" of the labels, "reverse_kl"
     KL[q || p], "forward_kl" KL[p || q], "entropy" of q and "teacher_entropy" of p.
@@ -42,7 +43,7 @@ def scores(
     whatever the hidden states hold there. Gradient to `hidden_q`, `weight_q`, `bias_q`; none to p.
 
     Args:
-        vocab_size: ids of the true vocabulary, where a head has more rows; default the smaller head.
+        vocab_size: ids of the true vocabulary, where heads have more rows; default: the smaller.
         block: tokens, over all rows, whose logits exist at a time.
     """
     cut = _Blocks(labels, block)
@@ -54,18 +55,18 @@ def scores(
 
 def loss_sum(
     loss: Callable[[Scores, Any, jax.Array], jax.Array],
-    hidden_q: jax.Array,  # [B, N, Dq]
-    weight_q: jax.Array,  # [V, Dq]
-    bias_q: jax.Array | None,  # [V]
-    hidden_p: jax.Array,  # [B, N, Dp]
-    weight_p: jax.Array,  # [V, Dp]
-    bias_p: jax.Array | None,  # [V]
-    labels: jax.Array,  # [B, N]
-    mask: jax.Array,  # [B, N]
+    hidden_q: Array,  # [B, N, Dq]
+    weight_q: Array,  # [V, Dq]
+    bias_q: Array | None,  # [V]
+    hidden_p: Array,  # [B, N, Dp]
+    weight_p: Array,  # [V, Dp]
+    bias_p: Array | None,  # [V]
+    labels: Array,  # [B, N]
+    mask: Array,  # [B, N]
     extras: Any = (),
     *,
     vocab_size: int | None = None,
-    block: int = 512,
+    block: int = 256,
 ) -> tuple[jax.Array, Scores]:
     """Sum over the real tokens of `loss(scores, extras, mask)`, and the scores without gradient.
 
@@ -83,20 +84,21 @@ def loss_sum(
     student = cut.model(hidden_q, weight_q, bias_q, mask, size)
     teacher = cut.model(hidden_p, weight_p, bias_p, mask, size)
     fixed = jax.tree.map(cut.split, (keep(labels, mask), mask.astype(bool), extras))
-    value, out = _loss_sum(loss, student, *lax.stop_gradient((teacher, fixed)))
+    result: Any = _loss_sum(loss, student, *lax.stop_gradient((teacher, fixed)))
+    value, out = result
     return value, {name: keep(cut.join(x), mask) for name, x in lax.stop_gradient(out).items()}
 
 
 class _Blocks:
     """[B, N, ...] cut along N into [n, R, ...] with R tokens of all rows, and back."""
 
-    def __init__(self, labels: jax.Array, block: int):
+    def __init__(self, labels: Array, block: int):
         chex.assert_rank(labels, 2)
         self.rows, self.positions = labels.shape
         self.blocks = max(1, -(-self.rows * self.positions // max(block, self.rows)))
         self.width = -(-self.positions // self.blocks)
 
-    def split(self, x: jax.Array) -> jax.Array:
+    def split(self, x: Array) -> jax.Array:
         spare = self.blocks * self.width - self.positions
         x = jnp.pad(x, ((0, 0), (0, spare)) + ((0, 0),) * (x.ndim - 2))
         x = x.reshape(self.rows, self.blocks, self.width, *x.shape[2:])
@@ -114,7 +116,7 @@ class _Blocks:
         return self.split(keep(hidden, mask)), weight[:size].astype(hidden.dtype), bias
 
 
-def _size(weight_q: jax.Array, weight_p: jax.Array, vocab_size: int | None) -> int:
+def _size(weight_q: Array, weight_p: Array, vocab_size: int | None) -> int:
     shared = min(weight_q.shape[0], weight_p.shape[0])
     if vocab_size is not None and not 0 < vocab_size <= shared:
         raise ValueError(f"vocab_size={vocab_size}, but the heads have {shared} ids in common")
@@ -215,9 +217,7 @@ def _scores(student: Model, teacher: Model, labels: jax.Array) -> Scores:
 def _scores_fwd(student, teacher, labels):
     def step(_, x):
         hidden_q, hidden_p, label = x
-        return None, _block(
-            _logits(hidden_q, *student[1:]), _logits(hidden_p, *teacher[1:]), label
-        )
+        return None, _block(_logits(hidden_q, *student[1:]), _logits(hidden_p, *teacher[1:]), label)
 
     _, (out, norm) = lax.scan(step, None, (student[0], teacher[0], labels))
     return out, (student, teacher, labels, out, norm)

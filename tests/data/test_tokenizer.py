@@ -92,6 +92,10 @@ def test_text_never_becomes_a_special_token(toy: Tokenizer, words: list[str]):
     assert ids[1:-2] == toy.encode(text)
 
 
+def test_a_fresh_tokenizer_takes_special_text_as_text(toy_folder: Path):
+    assert END not in load_tokenizer(toy_folder).encode("<end>")
+
+
 def test_both_ways_through_a_chat_agree(toy: Tokenizer):
     chat = [{"role": "user", "content": "one cat"}, {"role": "assistant", "content": "yes ."}]
     assert toy.chat_prompt(chat) == toy._forged_chat(chat)

@@ -1,13 +1,16 @@
 """Makes the golden arrays of the model tests with torch and transformers.
 
-python tests/golden/make.py                                         every tiny model
-python tests/golden/make.py --stories FOLDER --smollm2 GGUF     and the real ones
+    python tests/golden/make.py                                       every tiny model
+    python tests/golden/make.py --stories FOLDER --smollm2 GGUF       and the real ones
+
+Transformers wants `accelerate` for the second.
 """
 
 import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +32,16 @@ _LLAMA3 = {
     "high_freq_factor": 2.0,
     "original_max_position_embeddings": 16,
 }
+_GPT2 = {"n_embd": 16, "n_layer": 3, "n_head": 4, "vocab_size": 40, "n_positions": 64}
+_OPT = {
+    "hidden_size": 16,
+    "ffn_dim": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 16,
+}
 # Each with the odd attributes of real checkpoints: name -> (config class, arguments).
 CASES = {
     "llama": ("LlamaConfig", {**_SIZES, "tie_word_embeddings": True}),
@@ -47,6 +60,29 @@ CASES = {
         "LlamaConfig",
         {**_SIZES, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     ),
+    "mistral": ("MistralConfig", {**_SIZES, "head_dim": 6, "sliding_window": 4}),
+    "qwen2": (
+        "Qwen2Config",
+        {**_SIZES, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", {**_SIZES, "head_dim": 6, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2Config", _GPT2),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "hidden_size": 16,
+            "num_layers": 3,
+            "num_heads": 4,
+            "intermediate_size": 24,
+            "vocab_size": 40,
+            "max_position_embeddings": 64,
+            "attention_types": [[["global", "local"], 1], [["local"], 1]],
+            "window_size": 4,
+        },
+    ),
+    "gptj": ("GPTJConfig", {**_GPT2, "n_head": 2, "rotary_dim": 4, "n_inner": 24}),
+    "opt": ("OPTConfig", _OPT),
+    "opt_350m": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 12, "do_layer_norm_before": False}),
 }
 _TOKENS = [
     [0, 0, 0, 5, 17, 3, 22, 9, 31, 2],  # padded on the left
@@ -123,14 +159,15 @@ def _make(name: str) -> None:
         tensors = load_file(Path(folder) / "model.safetensors")
         config = json.loads((Path(folder) / "config.json").read_text())
     outputs = {"tokens": tokens, "mask": mask, "logits": torch_logits(model, tokens, mask)}
-    np.savez_compressed(HERE / f"{name}.npz", config=json.dumps(config), **outputs, **tensors)
+    arrays: dict[str, Any] = {"config": json.dumps(config), **outputs, **tensors}
+    np.savez_compressed(HERE / f"{name}.npz", **arrays)
 
 
 def _make_stories(folder: Path) -> None:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = np.array([[1, 403, 407, 261, 378]])  # "Once upon a time"
     answer = model.generate(
         torch.tensor(prompt), do_sample=False, max_new_tokens=96, eos_token_id=None

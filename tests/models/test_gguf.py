@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
@@ -96,7 +97,14 @@ def refused(path, *said):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True, "attention_bias": False}, {"head_dim": 16}]
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": False},
+        {"head_dim": 16, "mlp_bias": True},
+        {"model_type": "qwen2", "attention_bias": None},
+        {"model_type": "qwen3", "attention_bias": False, "head_dim": 16},
+    ],
 )
 def test_a_file_is_the_model_it_was_made_from(tmp_path, changes):
     config, params, family = tiny(**changes)
@@ -158,9 +166,11 @@ def test_no_cut_and_no_wrong_byte_is_more_than_an_input_error(tmp_path):
     config, params, family = tiny()
     whole = write(tmp_path / "tiny.gguf", config, params, family).read_bytes()
     path = tmp_path / "damaged.gguf"
-    for length in (0, 3, 4, 8, 23, 24, 60, 500, 1000, 1500, 2000, len(whole) - 40):
+    path.write_bytes(b"")
+    refused(path, "fetch it again")
+    for length in (3, 4, 8, 23, 24, 60, 500, 1000, 1500, 2000, len(whole) - 40):
         path.write_bytes(whole[:length])
-        refused(path, "fetch it again")
+        refused(path, "bytes should be", "fetch it again")  # said by us, and not after hours
     rng = np.random.default_rng(0)
     refusals = 0
     for _ in range(60):
@@ -188,8 +198,8 @@ SMOLLM2_ATOL = 1e-4  # of logits up to 36, after 30 layers in float32
 
 
 def smollm2_logits(checkpoint, golden):
-    tokens = np.asarray(golden["tokens"], np.int32)
-    hidden = models.hidden_states(checkpoint.config, checkpoint.params, tokens, golden["mask"])
+    tokens, mask = jnp.asarray(golden["tokens"], jnp.int32), jnp.asarray(golden["mask"])
+    hidden = models.hidden_states(checkpoint.config, checkpoint.params, tokens, mask)
     return np.asarray(models.logits(models.head(checkpoint.config, checkpoint.params), hidden))
 
 

@@ -1,10 +1,13 @@
 """Tiny decoders, one per odd kind of layer, with parameters away from their initial values."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from minillm_jax.models import DecoderConfig, RopeScaling, init_params
+from minillm_jax.models import DecoderConfig, RopeScaling, abstract_params
 
 LLAMA = DecoderConfig(
     vocab_size=23,
@@ -59,14 +62,17 @@ CONFIGS = {
 }
 
 
-def params_of(config, seed=0):
-    """Random parameters with norms and biases moved off 1 and 0, and kernels large enough to tell."""
-    params = init_params(config, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+@functools.cache
+def params_of(config):
+    """Random parameters, norms and biases away from 1 and 0, and all large enough to tell."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + 0.25 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(draw, abstract_params(config))
 
 
 def tokens_of(rows, columns, seed=5):
-    return jax.random.randint(jax.random.key(seed), (rows, columns), 0, 23)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 23, (rows, columns), np.int32))

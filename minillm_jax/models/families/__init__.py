@@ -6,11 +6,23 @@ A family is a table: it imports neither jax nor flax.
 from collections.abc import Mapping
 from typing import Any
 
-from minillm_jax.models.families import llama
+from minillm_jax.models.families import gpt2, gpt_neo, gptj, llama, mistral, opt, qwen
 from minillm_jax.models.families._hf import Family, Weight
 from minillm_jax.types import InputError
 
-FAMILIES = {family.model_type: family for family in (llama.FAMILY,)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        gpt2.FAMILY,
+        gpt_neo.FAMILY,
+        gptj.FAMILY,
+        llama.FAMILY,
+        mistral.FAMILY,
+        opt.FAMILY,
+        qwen.QWEN2,
+        qwen.QWEN3,
+    )
+}
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

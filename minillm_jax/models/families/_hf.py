@@ -43,11 +43,16 @@ class Attributes:
         self._values = dict(values)
         self._left = set(values)
 
-    def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Return an attribute of the stated type; a missing or null one is its default."""
+    def take(self, name: str, kind: type, default: Any = _REQUIRED, null: Any = _REQUIRED) -> Any:
+        """Return an attribute of the stated type, or `default` where it is missing.
+
+        A null one is `null`, which without a word is the default as well.
+        """
         self._left.discard(name)
         value = self._values.get(name)
         if value is None:
+            if name in self._values and null is not _REQUIRED:
+                return null
             if default is _REQUIRED:
                 raise InputError(f"attribute {name} is missing; restore it")
             return default
@@ -211,10 +216,10 @@ class Family:
         for name in ("layer_types", "attention_layers"):
             if result.get(name):
                 result[name] = [result[name][layer] for layer in kept]
-        if "attention_types" in result and config.windows:
-            kinds = ["local" if config.windows[layer] else "global" for layer in kept]
+        windows = tuple(config.windows[layer] if config.windows else None for layer in kept)
+        if "attention_types" in result:
+            kinds = ["local" if window else "global" for window in windows]
             result["attention_types"] = [[kinds, 1]]
-        windows = config.windows and tuple(config.windows[layer] for layer in kept)
         if self.read(result) != replace(config, layers=len(kept), windows=windows):
             raise InputError(
                 f"layers {list(kept)} of a {self.model_type} model cannot be written down in "

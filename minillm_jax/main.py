@@ -1,6 +1,8 @@
 """`python -m minillm_jax.main --config configs/quickstart.py`: run an experiment.
 
-Flags and the last word on errors; what happens is in `pipeline`.
+Any setting of `configs/common.py` can be changed on the way: `--config.distill.steps=100`. A start
+with the same command goes on where the last one ended. Exit code 0 when all is done; 2, with one
+line on standard error, for bad input or a training that cannot go on. The work is in `pipeline`.
 """
 
 import json
@@ -13,10 +15,19 @@ from ml_collections import config_flags
 from minillm_jax import program
 from minillm_jax.types import InputError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, FILE.py[:argument].")
-WORKDIR = flags.DEFINE_string("workdir", None, "Outputs; by default runs/NAME of the config.")
-STAGES = flags.DEFINE_list("stages", None, "Run these stages alone, such as distill,evaluate.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print config, stages and geometry, and end.")
+FLAGS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment, FILE.py[:argument].", flag_values=FLAGS
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Outputs; by default runs/NAME of the config.", flag_values=FLAGS
+)
+STAGES = flags.DEFINE_list(
+    "stages", None, "Run these stages alone, such as distill,evaluate.", flag_values=FLAGS
+)
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print config, stages and geometry, and end.", flag_values=FLAGS
+)
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +39,8 @@ def main(argv: list[str]) -> None:
     from minillm_jax import pipeline  # imports jax, which --help does not need
 
     config = CONFIG.value
+    if not (WORKDIR.value or config.name):
+        raise InputError("config.name is empty: set it, or give --workdir")
     workdir = Path(WORKDIR.value or os.path.join("runs", config.name))
     if DRY_RUN.value:
         print(json.dumps(pipeline.describe(config, workdir, STAGES.value), indent=2))
@@ -36,4 +49,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, FLAGS)

@@ -18,12 +18,14 @@ from typing import Any
 
 import jax
 
-from minillm_jax import stages
 from minillm_jax.build import SPLITS, Builder
 from minillm_jax.reporting.progress import print_table
 from minillm_jax.reporting.report import write_report
 from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
 from minillm_jax.stages import Outcome, Run
+from minillm_jax.stages.answers import teacher_answers
+from minillm_jax.stages.evaluation import evaluate
+from minillm_jax.stages.training import distill, student_sft
 from minillm_jax.types import InputError
 
 # May differ between two starts in one work directory: they change no result.
@@ -50,10 +52,10 @@ def report(run: Run) -> Outcome:
 
 # In order; each with the stages whose output it reads.
 STAGES: dict[str, tuple[Callable[[Run], Outcome], tuple[str, ...]]] = {
-    "teacher_answers": (stages.teacher_answers, ()),
-    "student_sft": (stages.student_sft, ("teacher_answers",)),
-    "distill": (stages.distill, ("student_sft",)),
-    "evaluate": (stages.evaluate, ("teacher_answers", "student_sft", "distill")),
+    "teacher_answers": (teacher_answers, ()),
+    "student_sft": (student_sft, ("teacher_answers",)),
+    "distill": (distill, ("student_sft",)),
+    "evaluate": (evaluate, ("teacher_answers", "student_sft", "distill")),
     "report": (report, ("evaluate",)),
 }
 OPTIONAL_INPUTS = {"evaluate": ("student_sft", "distill"), "report": ("evaluate",)}

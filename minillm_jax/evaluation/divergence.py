@@ -6,8 +6,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from minillm_jax.models import DecoderConfig, head
-from minillm_jax.objectives import reduce, vocab
+from minillm_jax.models import DecoderConfig, head, logits
+from minillm_jax.objectives import reduce, token, vocab
 from minillm_jax.rollout import response_states
 from minillm_jax.types import Params, Sequences
 
@@ -44,6 +44,14 @@ def sums(
     mask = batch.response_mask
     rows = {name: reduce.keep(score[name], mask).sum(axis=1) for name in KEYS}
     return rows | {"tokens": mask.sum(axis=1)}
+
+
+@partial(jax.jit, static_argnames=("config", "size"))
+def answer_nll(config: DecoderConfig, params: Params, batch: Sequences, size: int) -> jax.Array:
+    """-log q summed over each given response, [B], over the first `size` ids."""
+    hidden = response_states(config, params, batch)
+    nll = token.cross_entropy(logits(head(config, params), hidden)[..., :size], batch.response)
+    return reduce.keep(nll, batch.response_mask).sum(axis=1)
 
 
 def per_token(rows: dict[str, np.ndarray], name: str) -> tuple[float, float]:

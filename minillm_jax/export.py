@@ -1,0 +1,65 @@
+"""`python -m minillm_jax.export --model WORKDIR --output DIR`: a student for transformers.
+
+Writes config.json, model.safetensors and the tokenizer, in the type asked for. `--model` is a work
+directory (its newest student, or that of `--stage`), a folder in the Hugging Face layout, or a GGUF.
+"""
+
+import shutil
+from pathlib import Path
+
+from absl import flags
+
+from minillm_jax import program
+from minillm_jax.types import InputError
+
+FLAGS = flags.FlagValues()
+MODEL = flags.DEFINE_string(
+    "model", None, "Work directory, folder, GGUF, or pip:NAME==VERSION.", flag_values=FLAGS
+)
+STAGE = flags.DEFINE_enum(
+    "stage", None, ["student_sft", "distill"], "Which student of a run.", flag_values=FLAGS
+)
+OUTPUT = flags.DEFINE_string("output", None, "New folder.", flag_values=FLAGS)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "Of the weights.", flag_values=FLAGS
+)
+
+
+def main(argv: list[str]) -> None:
+    """Load, convert, and write to the new folder."""
+    if len(argv) > 1:
+        raise InputError(f"{argv[1]!r} is no flag: write --model=... --output=...")
+    for flag in (MODEL, OUTPUT):
+        if not flag.value:
+            raise InputError(f"--{flag.name} is missing: give --model and --output")
+    from minillm_jax.data.tokenizer import load_tokenizer
+    from minillm_jax.modelfiles import model_path
+    from minillm_jax.models import hf
+
+    if STAGE.value:
+        path = Path(MODEL.value) / "stages" / STAGE.value / "model"
+        if not path.is_dir():
+            raise InputError(f"{path} is not there: run that stage first, or leave out --stage")
+    else:
+        path = model_path(MODEL.value)
+    output = Path(OUTPUT.value).expanduser()
+    tokenizer = load_tokenizer(path)
+    checkpoint = hf.load(path, dtype=_dtype(DTYPE.value))
+    hf.save(output, checkpoint.config, checkpoint.params, checkpoint.hf_config)
+    try:
+        tokenizer.save(output)
+    except OSError:
+        shutil.rmtree(output)  # a model without its tokenizer is of no use
+        raise
+    print(output)
+
+
+def _dtype(name: str):
+    import ml_dtypes
+    import numpy as np
+
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+if __name__ == "__main__":
+    program.run(main, FLAGS)

@@ -1,0 +1,31 @@
+"""What each stage of an experiment does; `pipeline` decides which of them run.
+
+A stage reads the outputs of earlier stages from the work directory and writes its own there, so
+that it can be run alone. It returns what `done.json` says of it: seconds, tokens, updates.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm_jax.build import Builder
+from minillm_jax.reporting.writers import MetricsWriter
+
+Outcome = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment in its work directory."""
+
+    build: Builder
+    workdir: Path
+    metrics: MetricsWriter
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage keeps its outputs."""
+        return self.workdir / "stages" / stage
+
+    def model(self, stage: str) -> Path:
+        """The student that a training stage has chosen, in the Hugging Face layout."""
+        return self.folder(stage) / "model"

@@ -1,0 +1,55 @@
+"""Micro-batches: gradients and metrics are those of the whole batch, by hand and however cut."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minillm_jax.methods.accumulate import gradients
+from minillm_jax.objectives import reduce
+
+ATOL = 1e-6
+ROWS, SLOTS = 8, 5
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(ROWS, SLOTS)).astype(np.float32)
+# Unequal lengths, so that a mean of micro-batch means is wrong; one micro-batch of 2 is empty.
+MASK = np.arange(SLOTS)[None] < np.array([5, 1, 2, 4, 0, 0, 3, 1])[:, None]
+PARAMS = {"w": jnp.float32(1.5), "v": jnp.float32(-0.5)}
+
+
+def loss_sums(params, batch):
+    x, mask = batch
+    values = params["w"] * x + params["v"] * jnp.square(x)
+    return {
+        "loss": reduce.total(values, mask),
+        "per_sequence": reduce.total(values, mask, "sequence"),
+    }
+
+
+@partial(jax.jit, static_argnums=0)
+def run(micro_batches, batch):
+    return gradients(loss_sums, PARAMS, batch, micro_batches)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
+def test_gradient_and_metrics_are_those_of_the_whole_batch(micro_batches):
+    grads, metrics = run(micro_batches, (X, MASK))
+    x = X[MASK].astype(np.float64)
+    np.testing.assert_allclose(grads["w"], x.mean(), atol=ATOL)
+    np.testing.assert_allclose(grads["v"], np.square(x).mean(), atol=ATOL)
+    value = 1.5 * x.sum() - 0.5 * np.square(x).sum()
+    np.testing.assert_allclose(metrics["loss"], value / 16, atol=ATOL)
+    np.testing.assert_allclose(metrics["per_sequence"], value / 6, atol=ATOL)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_batch_without_tokens_gives_zeros(micro_batches):
+    grads, metrics = run(micro_batches, (X, np.zeros_like(MASK)))
+    assert all(leaf == 0 for leaf in jax.tree.leaves((grads, metrics)))
+
+
+def test_micro_batches_that_do_not_divide_are_refused():
+    with pytest.raises(TypeError, match="reshape"):
+        run(3, (X, MASK))

@@ -1,6 +1,6 @@
 """The quickstart over several seeds, against the same time of further SFT.
 
-    python benchmarks/quickstart.py --workdir runs/seeds --seeds 0,1,2 --json runs/seeds/table.json
+    python -m benchmarks.quickstart --workdir runs/seeds --seeds 0,1,2 --json runs/seeds/table.json
 
 Per seed: `configs/quickstart.py` as a user runs it; then the SFT student that MiniLLM started from
 is fine-tuned further on the teacher's answers for as many seconds as the MiniLLM stage took,
@@ -8,19 +8,13 @@ compilation and validation included in both, with its own cosine schedule and it
 validation loss. What is done already is not done again; the table is made of what is there.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from absl import flags
-
-from minillm_jax import program
 from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
-
-WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "One folder per seed in here.")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds to run.")
-JSON = flags.DEFINE_string("json", "", "Write the table here, too.")
 
 COLUMNS = (
     "reverse_kl",
@@ -36,15 +30,18 @@ COLUMNS = (
 MODELS = ("teacher", "start", "sft", "further_sft", "minillm")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Run the seeds that are not done and print the table."""
-    root = Path(WORKDIR.value)
-    for seed in map(int, SEEDS.value):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", default="runs/seeds", help="one folder per seed in here")
+    parser.add_argument("--seeds", default="0,1,2", help="which to run")
+    parser.add_argument("--json", default="", help="write the table here, too")
+    asked = parser.parse_args()
+    root = Path(asked.workdir)
+    for seed in map(int, asked.seeds.split(",")):
         workdir = root / f"seed{seed}"
         command = [sys.executable, "-m", "minillm_jax.main", "--config", "configs/quickstart.py"]
-        subprocess.run(
-            [*command, f"--config.seed={seed}", f"--workdir={workdir}"], check=True
-        )
+        subprocess.run([*command, f"--config.seed={seed}", f"--workdir={workdir}"], check=True)
         if not (workdir / "further_sft.json").exists():
             further_sft(seed, workdir)
     found = [
@@ -54,8 +51,8 @@ def main(argv: list[str]) -> None:
     ]
     table = tabulate(found)
     print(as_text(table))
-    if JSON.value:
-        write_json(JSON.value, table)
+    if asked.json:
+        write_json(asked.json, table)
 
 
 def further_sft(seed: int, workdir: Path) -> None:
@@ -90,7 +87,9 @@ def tabulate(seeds: list[dict]) -> dict:
     table: dict = {"seeds": len(seeds), "models": {}, "reduction": {}}
     for model in MODELS:
         table["models"][model] = {
-            column: spread([run[model][column] for run in seeds if run[model].get(column) is not None])
+            column: spread(
+                [run[model][column] for run in seeds if run[model].get(column) is not None]
+            )
             for column in COLUMNS
         }
     for base in ("sft", "further_sft"):
@@ -125,4 +124,4 @@ def as_text(table: dict) -> str:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    main()

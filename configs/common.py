@@ -17,8 +17,7 @@ def base() -> ml_collections.ConfigDict:
 
     config.teacher = ml_collections.ConfigDict()
     config.teacher.path = ""  # HF folder, GGUF file, or pip:PACKAGE==VERSION that carries a GGUF
-    config.teacher.sha256 = ""  # of the GGUF; empty: not checked
-    config.teacher.dtype = "float32"
+    config.teacher.sha256 = ""  # of the GGUF inside a pip: package; empty: not checked
 
     config.student = ml_collections.ConfigDict()
     config.student.path = ""  # empty: made of the teacher's own layers
@@ -54,13 +53,14 @@ def base() -> ml_collections.ConfigDict:
     config.distill.estimator = "corrected"  # or paper, lmops: docs/method.md
     config.distill.alpha = 0.2  # the teacher's share of the sampling mixture
     config.distill.chunk = 6  # most tokens that the teacher reads at once while mixing
-    config.distill.gamma = 1.0  # discount of the long-term return
-    config.distill.reward_scaling = 1.0  # rewards are divided by it
-    config.distill.reward_clip = 100.0
-    config.distill.cliprange = config_dict.placeholder(float)  # PPO clip; None: no clip
-    config.distill.length_norm = True
-    config.distill.whiten = "center"  # none, center (mean only), full
-    config.distill.single_step = True
+    # None: as the estimator's preset has it (docs/method.md); set one to depart from it.
+    config.distill.gamma = config_dict.placeholder(float)  # discount of the long-term return
+    config.distill.reward_scaling = config_dict.placeholder(float)  # rewards are divided by it
+    config.distill.reward_clip = config_dict.placeholder(float)  # 0: no bound
+    config.distill.cliprange = config_dict.placeholder(float)  # PPO's epsilon; 0: no clip
+    config.distill.length_norm = config_dict.placeholder(bool)
+    config.distill.whiten = config_dict.placeholder(str)  # none, center (mean only), full
+    config.distill.single_step = config_dict.placeholder(bool)
 
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.batch_size = 32

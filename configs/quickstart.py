@@ -30,16 +30,20 @@ def get_config(arg: str = ""):
     config.sft.learning_rate = 1e-4
     config.sft.warmup = 4
     config.sft.schedule = "cosine"
-    config.sft.evaluate_every = 10
+    config.sft.evaluate_every = config.sft.save_every = 10
 
     config.distill.steps = 32
     config.distill.batch_size = 8
     config.distill.rollouts = 64
     config.distill.inner_epochs = 1
+    # One pass over fresh responses needs no clip; the mean of the advantages is taken off.
+    config.distill.gamma = 1.0
+    config.distill.cliprange = 0.0
+    config.distill.whiten = "center"
     config.distill.learning_rate = 1e-4
     config.distill.warmup = 2
     config.distill.schedule = "cosine"
-    config.distill.evaluate_every = 16
+    config.distill.evaluate_every = config.distill.save_every = 16
 
     config.evaluate.batch_size = 64
     config.evaluate.prompts = 64

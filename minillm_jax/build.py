@@ -1,11 +1,11 @@
 """The only reader of the configuration: from a ConfigDict to models, data, methods, schedules.
 
-Below this file there are frozen dataclasses and keyword arguments. A section of the config is
-splatted into one signature where names allow it, so that a key without a reader cannot survive.
+Below this file there are frozen dataclasses and keyword arguments; `check` says which settings
+cannot be right.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from minillm_jax import optim
+from minillm_jax.check import check
 from minillm_jax.data import examples as examples_lib
 from minillm_jax.data import loader, sources
 from minillm_jax.data.examples import Example
@@ -23,7 +24,7 @@ from minillm_jax.models import DecoderConfig, logical_axes
 from minillm_jax.models.fetch import resolve
 from minillm_jax.models.hf import load
 from minillm_jax.models.weights import Checkpoint, keep_layers
-from minillm_jax.objectives.policy import Policy
+from minillm_jax.objectives.policy import PRESETS, Policy
 from minillm_jax.rollout import Mixing, Warp
 from minillm_jax.sharding import make_mesh, place, tree_shardings
 from minillm_jax.trainer import Schedule
@@ -56,6 +57,19 @@ class Builder:
         self.mesh = make_mesh(**config.mesh)
         self._made: dict[str, Any] = {}
         check(config)
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if config.distill.rollouts % ways:
+            raise InputError(
+                f"config.distill.rollouts={config.distill.rollouts} does not split over {ways} "
+                f"devices: make it a multiple of {ways}"
+            )
+        # What these refuse is said now, and not when their stage begins.
+        for section in ("sft", "distill"):
+            try:
+                self.optimizer(section)
+            except InputError as error:
+                raise InputError(f"config.{section}.{error}") from error
+        self.policy()
 
     def _once(self, name: str, make: Any) -> Any:
         if name not in self._made:
@@ -66,29 +80,41 @@ class Builder:
 
     @property
     def teacher_checkpoint(self) -> Checkpoint:
-        """The teacher on the host."""
-        c = self.config.teacher
-        return self._once("teacher_checkpoint", lambda: load(resolve(c.path, c.sha256)))
+        """The teacher on the host; without its parameters once they are on the devices."""
+        return self._once("teacher_checkpoint", self._read_teacher)
 
     @property
     def student_checkpoint(self) -> Checkpoint:
-        """The student before any training, on the host."""
-
-        def make():
-            c = self.config.student
-            start = load(resolve(c.path)) if c.path else self.teacher_checkpoint
-            return keep_layers(start, c.keep_layers) if c.keep_layers else start
-
-        return self._once("student_checkpoint", make)
+        """The student before any training, without its parameters: a copy of them is not kept."""
+        return self._once("student_checkpoint", lambda: replace(self._read_start(), params={}))
 
     @property
     def teacher(self) -> Model:
         """The teacher on the devices."""
-        return self._once("teacher", lambda: self.on_devices(self.teacher_checkpoint))
+
+        def make():
+            model = self.on_devices(self.teacher_checkpoint)
+            self._made["teacher_checkpoint"] = replace(self.teacher_checkpoint, params={})
+            return model
+
+        return self._once("teacher", make)
 
     def student(self, folder: Any = None) -> Model:
         """The student from `folder`, or as it is before training."""
-        return self.on_devices(load(folder) if folder else self.student_checkpoint)
+        return self.on_devices(load(folder) if folder else self._read_start())
+
+    def _read_teacher(self) -> Checkpoint:
+        c = self.config.teacher
+        return load(resolve(c.path, c.sha256))
+
+    def _read_start(self) -> Checkpoint:
+        c = self.config.student
+        if c.path:
+            start = load(resolve(c.path))
+        else:
+            held = self.teacher_checkpoint
+            start = held if held.params else self._read_teacher()
+        return keep_layers(start, c.keep_layers) if c.keep_layers else start
 
     def on_devices(self, checkpoint: Checkpoint) -> Model:
         """Place a checkpoint with the shardings of its logical axes."""
@@ -114,8 +140,33 @@ class Builder:
     @property
     def vocab(self) -> int:
         """Number of ids that are true in both models."""
-        sizes = [self.teacher_checkpoint.config.vocab_size, self.student_checkpoint.config.vocab_size]
-        return min(self.tokenizer.vocab_size, *sizes)
+        models = (self.teacher_checkpoint.config, self.student_checkpoint.config)
+        return min(self.tokenizer.vocab_size, *(model.vocab_size for model in models))
+
+    def preflight(self) -> None:
+        """Read all that a run reads, so that what is bad is found before anything is written.
+
+        Raises:
+            InputError: rows, prompts, vocabularies or weights that do not fit.
+        """
+        c = self.config.data
+        ids = (max(prompt.prompt) for split in SPLITS for prompt in self.prompts(split))
+        largest = max(self.tokenizer.eos_id, *ids)
+        for who, checkpoint in (
+            ("teacher", self.teacher_checkpoint),
+            ("student", self.student_checkpoint),
+        ):
+            model = checkpoint.config
+            if c.max_prompt + c.max_response > model.max_positions:
+                raise InputError(
+                    f"config.data.max_prompt={c.max_prompt} and max_response={c.max_response} make "
+                    f"more than the {model.max_positions} positions of the {who}: lower one of them"
+                )
+            if largest >= model.vocab_size:
+                raise InputError(
+                    f"the tokenizer makes the id {largest}, the {who} has {model.vocab_size} ids: "
+                    f"{checkpoint.path} and its tokenizer do not belong together"
+                )
 
     # Data.
 
@@ -167,7 +218,9 @@ class Builder:
     def schedule(self, stage: str) -> Schedule:
         """Sizes and intervals of a training stage."""
         c = self.config[stage]
-        on_policy = {} if stage == "sft" else {"rollouts": c.rollouts, "inner_epochs": c.inner_epochs}
+        on_policy = {}
+        if stage == "distill":
+            on_policy = {"rollouts": c.rollouts, "inner_epochs": c.inner_epochs}
         return Schedule(
             steps=c.steps,
             batch_size=c.batch_size,
@@ -211,18 +264,21 @@ class Builder:
         )
 
     def policy(self) -> Policy:
-        """The estimator and its switches."""
+        """The estimator's preset, with the switches that the config sets."""
         c = self.config.distill
-        return Policy(
-            estimator=c.estimator,
-            gamma=c.gamma,
-            reward_scaling=c.reward_scaling,
-            reward_clip=c.reward_clip,
-            cliprange=c.cliprange,
-            length_norm=c.length_norm,
-            whiten=c.whiten,
-            single_step=c.single_step,
-        )
+        names = ("gamma", "reward_scaling", "reward_clip", "cliprange", "length_norm", "whiten")
+        given = {name: c[name] for name in (*names, "single_step") if c[name] is not None}
+        for name in ("reward_clip", "cliprange"):
+            if given.get(name) == 0:
+                given[name] = None
+        if c.estimator not in PRESETS:
+            raise InputError(
+                f"config.distill.estimator={c.estimator!r}: choose from {', '.join(PRESETS)}"
+            )
+        try:
+            return replace(PRESETS[c.estimator], **given)
+        except InputError as error:
+            raise InputError(f"config.distill.{error}") from error
 
     def mixing(self) -> Mixing:
         """Teacher-mixed sampling."""
@@ -245,35 +301,3 @@ class Builder:
             "pad_id": self.tokenizer.pad_id,
             "vocab": self.vocab,
         }
-
-
-def check(config: Any) -> None:
-    """Refuse what cannot run or cannot learn, before anything is loaded.
-
-    Raises:
-        InputError: naming the setting and the cure.
-    """
-    d = config.distill
-    if d.rollouts % d.batch_size:
-        raise InputError(
-            f"config.distill.rollouts={d.rollouts} is not a multiple of "
-            f"config.distill.batch_size={d.batch_size}: change one of them"
-        )
-    if not 0.0 <= d.alpha <= 1.0:
-        raise InputError(f"config.distill.alpha={d.alpha}: the teacher's share is between 0 and 1")
-    for stage in ("sft", "distill"):
-        c = config[stage]
-        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "save_every"):
-            if c[name] < 1:
-                raise InputError(f"config.{stage}.{name}={c[name]}: give a number of at least 1")
-        if c.batch_size % c.accumulate:
-            raise InputError(
-                f"config.{stage}.accumulate={c.accumulate} does not divide "
-                f"config.{stage}.batch_size={c.batch_size}: change one of them"
-            )
-    for name in ("max_prompt", "max_response"):
-        if config.data[name] < 1:
-            raise InputError(f"config.data.{name}={config.data[name]}: give at least 1 token")
-
-
-__all__ = ["Builder", "Model", "check"]

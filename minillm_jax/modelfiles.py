@@ -13,13 +13,42 @@ from minillm_jax.types import InputError
 
 
 def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
-    """Replace `folder` by the model; a killed run leaves the old one or the new one."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    hf.save(part, model.config, jax.device_get(model.params), model.hf_config)
-    tokenizer.save(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    """Replace `folder` by the model; a run killed here leaves the old one or the new one.
+
+    Raises:
+        InputError: it cannot be written; the old one stays.
+    """
+    part, old = _part(folder), _old(folder)
+    recover(folder)
+    try:
+        hf.save(part, model.config, jax.device_get(model.params), model.hf_config)
+        tokenizer.save(part)
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}; free some space or choose another folder"
+        ) from error
+    finally:
+        recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Undo what a killed `save_model` left: the old model comes back, remains go."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_part(folder), ignore_errors=True)
+
+
+def _part(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".part")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def model_path(spec: str) -> Path:
@@ -33,4 +62,6 @@ def model_path(spec: str) -> Path:
         student = path / "stages" / stage / "model"
         if student.is_dir():
             return student
+    if (path / "metrics.jsonl").is_file():
+        raise InputError(f"{spec} is a work directory without a student yet: run student_sft first")
     return path

@@ -1,14 +1,16 @@
 """Which stages of an experiment run: in order, each once, and none that is done.
 
-    workdir/config.json                the settings; another config is refused
-            metrics.jsonl              every number of every update
-            stages/STAGE/              outputs of a stage; done.json when it is complete
-            evaluate/                  held-out figures and answers
-            summary.json report.html   what came out
+workdir/config.json                the settings; another config is refused
+        metrics.jsonl              every number of every update
+        stages/STAGE/              outputs of a stage; started.json, and done.json at its end
+        evaluate/                  held-out figures and answers
+        summary.json report.html   what came out
 """
 
+import datetime
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ from typing import Any
 import jax
 
 from minillm_jax.build import SPLITS, Builder
+from minillm_jax.modelfiles import recover
+from minillm_jax.models import abstract_params
 from minillm_jax.reporting.progress import print_table
 from minillm_jax.reporting.report import write_report
 from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
@@ -26,6 +30,7 @@ from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import teacher_answers
 from minillm_jax.stages.evaluation import evaluate
 from minillm_jax.stages.training import distill, student_sft
+from minillm_jax.trainer import TrainingStopped
 from minillm_jax.types import InputError
 
 # May differ between two starts in one work directory: they change no result.
@@ -35,7 +40,7 @@ FREE_SETTINGS = ("tensorboard",)
 def report(run: Run) -> Outcome:
     """Write `summary.json` and `report.html` from what the other stages left."""
     figures = run.workdir / "evaluate" / "figures.json"
-    done = {name: read_done(run, name) for name in STAGES if name != "report"}
+    done = {name: read_done(run.workdir, name) for name in STAGES if name != "report"}
     summary = {
         "format": 1,
         "config": run.build.config.name,
@@ -58,55 +63,126 @@ STAGES: dict[str, tuple[Callable[[Run], Outcome], tuple[str, ...]]] = {
     "evaluate": (evaluate, ("teacher_answers", "student_sft", "distill")),
     "report": (report, ("evaluate",)),
 }
+TRAINING = {"student_sft": "sft", "distill": "distill"}  # stage: its section of the config
 OPTIONAL_INPUTS = {"evaluate": ("student_sft", "distill"), "report": ("evaluate",)}
 
 
-def read_done(run: Run, stage: str) -> dict[str, Any] | None:
+def read_done(workdir: Path, stage: str) -> dict[str, Any] | None:
     """What a stage said when it was complete, None if it is not."""
-    path = run.folder(stage) / "done.json"
+    path = workdir / "stages" / stage / "done.json"
     return read_json(path) if path.exists() else None
 
 
-def is_done(run: Run, stage: str) -> bool:
+def is_done(workdir: Path, stage: str) -> bool:
     """Whether a stage is complete, and so from the inputs that are there now."""
-    done = read_done(run, stage)
-    return done is not None and done["inputs"] == _inputs(run, stage)
+    done = read_done(workdir, stage)
+    return (
+        done is not None
+        and done["inputs"] == _inputs(workdir, stage)
+        and all(is_done(workdir, name) for name in done["inputs"])
+    )
 
 
-def _inputs(run: Run, stage: str) -> dict[str, str]:
-    found = {name: read_done(run, name) for name in STAGES[stage][1]}
+def _inputs(workdir: Path, stage: str) -> dict[str, str]:
+    found = {name: read_done(workdir, name) for name in STAGES[stage][1]}
     return {name: done["finished"] for name, done in found.items() if done}
 
 
 def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> None:
     """Run the stages `names` (all if None) that are not done.
 
+    Nothing is written before all that the run reads has been looked at.
+
     Raises:
-        InputError: an unknown stage, a missing input, or a work directory of another config.
+        InputError: an unknown stage, a missing input, a work directory of another config, no
+            space, or a training that cannot go on.
     """
     chosen = chosen_stages(names)
     build = Builder(config)
-    claim(workdir, config)
+    refuse_another(workdir, config)
+    to_do = [stage for stage in chosen if not is_done(workdir, stage)]
+    check_inputs(workdir, to_do)
+    if set(to_do) - {"report"}:
+        build.preflight()
     with MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
         run = Run(build, workdir, metrics)
+        if not (workdir / "config.json").exists():
+            write_json(workdir / "config.json", config.to_dict())
         for stage in chosen:
-            if is_done(run, stage) and stage != "report":
+            if is_done(workdir, stage) and stage != "report":
                 print(f"{stage}: done, in {run.folder(stage)}", file=sys.stderr)
-                continue
-            needed = set(STAGES[stage][1]) - set(OPTIONAL_INPUTS.get(stage, ()))
-            for name in needed:
-                if read_done(run, name) is None:
-                    raise InputError(
-                        f"stage {stage} needs the output of {name}: add it, --stages {name},{stage}"
-                    )
-            (run.folder(stage) / "done.json").unlink(missing_ok=True)
-            began = time.monotonic()
-            outcome = STAGES[stage][0](run)
-            outcome["seconds"] = round(time.monotonic() - began, 2)
-            outcome |= {"inputs": _inputs(run, stage), "finished": _now()}
-            write_json(run.folder(stage) / "done.json", outcome)
+            else:
+                run_stage(run, stage)
     if "report" in chosen:
         print(f"report: {workdir / 'report.html'}", file=sys.stderr)
+
+
+def run_stage(run: Run, stage: str) -> None:
+    """Run one stage, from its last checkpoint if it was cut short on the same inputs.
+
+    Raises:
+        InputError: the training cannot go on, or there is no space for it.
+    """
+    folder, inputs = run.folder(stage), _inputs(run.workdir, stage)
+    mark = folder / "started.json"
+    if not (mark.exists() and read_json(mark)["inputs"] == inputs):
+        shutil.rmtree(folder, ignore_errors=True)  # of other inputs: no checkpoint to go on from
+    if stage in TRAINING:
+        recover(run.model(stage))
+        check_space(run, stage)
+    write_json(mark, {"inputs": inputs})
+    (folder / "done.json").unlink(missing_ok=True)
+    began = time.monotonic()
+    try:
+        outcome = STAGES[stage][0](run)
+    except TrainingStopped as error:
+        steps = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
+        last = folder / "checkpoints" / str(max(steps, default=0))
+        kept = f"the last good checkpoint is {last}" if steps else "there is no checkpoint yet"
+        raise InputError(f"{stage} stopped: {error}; {kept}") from error
+    outcome["seconds"] = round(time.monotonic() - began, 2)
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    outcome |= {"inputs": _inputs(run.workdir, stage), "finished": now}
+    write_json(folder / "done.json", outcome)
+
+
+def check_inputs(workdir: Path, to_do: Sequence[str]) -> None:
+    """Refuse a stage whose inputs neither are there nor come first.
+
+    Raises:
+        InputError: naming the stage to add.
+    """
+    for stage in to_do:
+        for name in STAGES[stage][1]:
+            optional = name in OPTIONAL_INPUTS.get(stage, ())
+            if not optional and name not in to_do and read_done(workdir, name) is None:
+                raise InputError(
+                    f"stage {stage} needs the output of {name}: add it, --stages={name},{stage}"
+                )
+
+
+def check_space(run: Run, stage: str) -> None:
+    """Refuse a training stage for which the disk is too small, before it begins.
+
+    Beside the chosen student its successor is written, and beside a checkpoint (parameters and
+    two moments) the next one.
+
+    Raises:
+        InputError: with what is needed and what there is.
+    """
+    schedule = run.build.schedule(TRAINING[stage])
+    leaves = jax.tree.leaves(abstract_params(run.build.student_checkpoint.config))
+    model = 4 * sum(leaf.size for leaf in leaves)
+    states = min(2, (schedule.steps - 1) // schedule.save_every)
+    folder = run.folder(stage)
+    need = model * (2 + 3 * states)
+    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(run.workdir).free
+    if need > have + free:
+        raise InputError(
+            f"no space for {stage} in {run.workdir}: it takes about {need / 1e6:.0f} MB, "
+            f"{(have + free) / 1e6:.0f} MB are free; free some or give another --workdir"
+        )
 
 
 def chosen_stages(names: Sequence[str] | None) -> list[str]:
@@ -121,30 +197,30 @@ def chosen_stages(names: Sequence[str] | None) -> list[str]:
     return [name for name in STAGES if names is None or name in names]
 
 
-def claim(workdir: Path, config: Any) -> None:
-    """Make the work directory this config's, or check that it is.
+def refuse_another(workdir: Path, config: Any) -> None:
+    """Check that the work directory is new, or this config's.
 
     Raises:
         InputError: with the first settings that differ.
     """
     path, mine = workdir / "config.json", flatten(config.to_dict())
-    if path.exists():
-        theirs = flatten(read_json(path))
-        different = [
-            name
-            for name in sorted(mine.keys() | theirs.keys())
-            if name not in FREE_SETTINGS and mine.get(name) != theirs.get(name)
-        ]
-        if different:
-            shown = "; ".join(
-                f"{name}: {theirs.get(name)} there, {mine.get(name)} now" for name in different[:3]
-            )
-            raise InputError(
-                f"{workdir} holds a run of another config ({shown}): give another --workdir, "
-                "or the settings of that run"
-            )
-    else:
-        write_json(path, config.to_dict())
+    if not path.exists():
+        return
+    theirs = flatten(read_json(path))
+    different = [
+        name
+        for name in sorted(mine.keys() | theirs.keys())
+        if name not in FREE_SETTINGS and mine.get(name) != theirs.get(name)
+    ]
+    if different:
+        shown = "; ".join(
+            f"{name}: {theirs.get(name)} there, {mine.get(name)} now" for name in different[:3]
+        )
+        more = f"; {len(different) - 3} more" if len(different) > 3 else ""
+        raise InputError(
+            f"{workdir} holds a run of another config ({shown}{more}): give another --workdir, "
+            "or the settings of that run"
+        )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -158,15 +234,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def describe(config: Any, workdir: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
     """What `--dry_run` prints: config, stages, batch geometry and devices; writes nothing."""
     build = Builder(config)
-    if (workdir / "config.json").exists():
-        claim(workdir, config)
-    run = Run(build, workdir, metrics=None)  # type: ignore[arg-type]  # no stage runs
+    refuse_another(workdir, config)
     d, s = build.schedule("distill"), build.schedule("sft")
     return {
         "config": json.loads(json.dumps(config.to_dict())),
         "workdir": str(workdir),
         "stages": [
-            {"stage": name, "state": "done" if is_done(run, name) else "to do"}
+            {"stage": name, "state": "done" if is_done(workdir, name) else "to do"}
             for name in chosen_stages(names)
         ],
         "geometry": {
@@ -206,7 +280,3 @@ def environment() -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

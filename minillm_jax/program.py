@@ -51,7 +51,7 @@ def call(main: Callable[[list[str]], None], known: flags.FlagValues, argv: Seque
         cure = cures.get(error.errno, "correct the path or its permissions")
         return _fail(f"{error.filename or 'cannot write'}: {error.strerror}; {cure}")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -72,6 +72,8 @@ def _parse(known: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         InputError: no such flag, file or setting, or a value of the wrong kind.
     """
     spec = _experiment(argv)
+    if spec.startswith("-"):
+        raise InputError(f"--config has no value before {spec}: write --config=FILE.py")
     path = Path(spec.partition(":")[0])
     if spec and not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.py") if p.stem != "common")
@@ -94,6 +96,12 @@ def _parse(known: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         raise InputError(
             f"{path} needs the module {error.name}: start in the folder that has it, or pip "
             "install it"
+        ) from error
+    except Exception as error:  # whatever the file may raise
+        if not spec:
+            raise
+        raise InputError(
+            f"{path} cannot be run: {type(error).__name__}: {error}; correct it"
         ) from error
 
 

@@ -1,8 +1,8 @@
 """The words that every layer shares: aliases, the batch layout, and the error for bad input.
 
-Letters of the shape comments: `B` batch, `T` time, `P` prompt slots, `N` response slots, `V` vocabulary,
-`D` embedding width, `F` MLP width, `H` heads, `K` key-value heads, `h` head width, `L` layers,
-`S` cache slots, `C` chunk. `p` is the teacher, `q` the student, as in the paper.
+Letters of the shape comments: `B` batch, `T` time, `P` prompt slots, `N` response slots, `V`
+vocabulary, `D` embedding width, `F` MLP width, `H` heads, `K` key-value heads, `h` head width,
+`L` layers, `S` cache slots, `C` chunk. `p` is the teacher, `q` the student, as in the paper.
 """
 
 from typing import Any

@@ -16,7 +16,7 @@ LAYERS = (
     {"models", "objectives", "data"},
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},
-    {"pipeline", "stages", "build", "trainer", "checkpoint", "modelfiles"},
+    {"pipeline", "stages", "build", "check", "trainer", "checkpoint", "modelfiles"},
     {"main", "plan", "generate", "export", "program"},
 )
 PEERLESS = LAYERS[1]

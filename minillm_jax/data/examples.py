@@ -42,7 +42,7 @@ def make_examples(
         InputError: an over-long prompt (with `error`), an empty prompt or answer, or nothing left.
     """
     if long_prompts not in ("error", "drop"):
-        raise InputError(f"data.long_prompts is {long_prompts!r}; choose error or drop")
+        raise ValueError(f"long_prompts is {long_prompts!r}; choose error or drop")
     named = [row.where or f"row {index}" for index, row in enumerate(rows)]
     prompts = templates.prompts(tokenizer, template, [(row.instruction, row.input) for row in rows])
     for prompt, where in zip(prompts, named, strict=True):
@@ -53,7 +53,7 @@ def make_examples(
         raise InputError(
             f"{named[long[0]]}: a prompt of {len(prompts[long[0]])} tokens, the limit is "
             f"{max_prompt} ({len(long)} of {len(rows)} rows are over it); raise "
-            "config.data.max_prompt or set config.data.long_prompts to drop"
+            "config.data.max_prompt, or shorten them"
         )
     if len(long) == len(rows):
         raise InputError(

@@ -13,7 +13,7 @@ from minillm_jax.types import Params
 
 @flax.struct.dataclass
 class Response:
-    """Generated ids: `tokens` [B, N] right-padded, `mask` [B, N] up to the first end of sequence."""
+    """Generated ids [B, N], right-padded, and their mask up to the first end of sequence."""
 
     tokens: jax.Array
     mask: jax.Array
@@ -75,4 +75,3 @@ def generate(
     _, _, _, _, history, mask = jax.lax.while_loop(unfinished, step, start)
     tokens = jnp.where(mask, history[:, width:], pad_id)
     return Response(tokens=tokens, mask=mask)
-

@@ -31,7 +31,8 @@ def respond(
         )
         mask = np.asarray(answer.mask)
         mask = mask & (np.arange(len(mask)) < real)[:, None]
-        yield batch.replace(response=np.asarray(answer.tokens), response_mask=mask), real
+        answered = Sequences(batch.prompt, batch.prompt_mask, np.asarray(answer.tokens), mask)
+        yield answered, real
 
 
 def token_lists(batch: Sequences, real: int) -> list[list[int]]:

@@ -99,4 +99,3 @@ def evaluate(run: Run) -> Outcome:
     write_rows(run.workdir / "evaluate" / "answers.jsonl", rows)
     write_json(run.workdir / "evaluate" / "figures.json", figures)
     return {"tokens": 0, "updates": 0}
-

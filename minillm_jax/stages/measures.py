@@ -27,7 +27,7 @@ def answer_loss(run: Run, examples: Sequence[Example], model: Model) -> float:
 
 
 def sampled_reverse_kl(run: Run, model: Model) -> float:
-    """KL[q || p] per token on samples of the student for validation prompts, the same key always."""
+    """KL[q || p] per token on samples of the student for validation prompts, always one key."""
     prompts = run.build.prompts("validation")
     return per_token(measure(run, model, respond(run, model, prompts, SAMPLED, 0)), "reverse_kl")[0]
 

@@ -60,7 +60,8 @@ def train(
             progress = _Stage(run, stage, start, schedule, validate, score, checkpoints)
             progress.tokens, progress.best = tokens, best
             first = int(state.step)
-            with Progress(stage, schedule.steps, headline=headline, start=first) as progress.bar:
+            with Progress(stage, schedule.steps, headline=headline, start=first) as bar:
+                progress.bar = bar
                 if not restored:
                     progress.evaluate(0, state)
                 state = trainer.fit(
@@ -84,13 +85,15 @@ class _Stage:
     def __init__(self, run, stage, start, schedule, validate, score, checkpoints):
         self.run, self.stage, self.start, self.schedule = run, stage, start, schedule
         self.validate, self.score, self.checkpoints = validate, score, checkpoints
-        self.tokens, self.best, self.bar = 0, None, None
+        self.tokens, self.best = 0, None
+        self.bar: Progress | None = None
         self.began = time.monotonic()
 
     def log(self, step, values):
         self.tokens += int(values["tokens"])
         self.run.metrics.write(self.stage, step, time.monotonic() - self.began, values)
-        self.bar.update(step, tokens=values["tokens"], metrics=values)
+        if self.bar:
+            self.bar.update(step, tokens=values["tokens"], metrics=values)
 
     def evaluate(self, step, state):
         model = Model(self.start.config, state.params, self.start.hf_config)

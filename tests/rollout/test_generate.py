@@ -7,10 +7,11 @@ from minillm_jax.rollout import Warp, generate
 from tests.toy_models import prompts, toy
 
 VOCAB, EOS = 7, 0
+GREEDY = Warp(temperature=0.0)
 CONFIG, PARAMS = toy(0, vocab=VOCAB)
 
 
-def answer(prompt, mask, *, warp=Warp(temperature=0.0), slots=12, key=0, vocab=VOCAB, eos=EOS):
+def answer(prompt, mask, *, warp=GREEDY, slots=12, key=0, vocab=VOCAB, eos=EOS):
     return generate(
         CONFIG, PARAMS, prompt, mask, jax.random.key(key),
         slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=vocab,

@@ -1,0 +1,254 @@
+"""Whole runs on a toy teacher: what they leave, what a second start skips, how they resume."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from minillm_jax import pipeline
+from minillm_jax.checkpoint import Checkpoints
+from minillm_jax.models import hf
+from minillm_jax.stages import training
+from minillm_jax.types import InputError
+from tests.toy_run import compilation_cache, one_device, toy_config
+
+TIMES = ("seconds", "tokens_per_second", "collect_seconds", "collect_tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The files and the work directory of a run that went through undisturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    cache = tmp_path_factory.getbasetemp() / "compiled"
+    with compilation_cache(cache), pytest.MonkeyPatch.context() as patch:
+        one_device(patch)
+        pipeline.execute(toy_config(folder), folder / "run")
+        yield folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path, monkeypatch):
+    """A copy of that work directory, to spoil, and the config."""
+    one_device(monkeypatch)
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return toy_config(finished), tmp_path / "run"
+
+
+def files(workdir, *but):
+    """Time of the last change of every file, without those named."""
+    found = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    return {p: t for p, t in found.items() if not any(part in but for part in p.parts)}
+
+
+def rows(workdir, stage):
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in found if row["stage"] == stage]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
+
+
+def weights(workdir, stage):
+    return load_file(workdir / "stages" / stage / "model" / "model.safetensors")
+
+
+def undo(workdir, *stages):
+    for stage in stages:
+        shutil.rmtree(workdir / "stages" / stage)
+
+
+def test_a_run_leaves_its_summary_report_metrics_and_answers(finished):
+    workdir = finished / "run"
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["format"] == 1 and summary["config"] == "toy" and summary["seed"] == 0
+    assert set(summary["models"]) == {"teacher", "start", "sft", "minillm"}
+    for name, model in summary["models"].items():
+        numbers = {k: v for k, v in model.items() if k != "reverse_kl_stderr"}
+        assert all(np.isfinite(v) for v in numbers.values()), name
+        assert model["nll"] > 0 and model["length"] > 0
+    assert summary["models"]["teacher"]["parameters"] > summary["models"]["sft"]["parameters"]
+    assert summary["models"]["start"] != summary["models"]["sft"] != summary["models"]["minillm"]
+    stages = summary["stages"]
+    assert list(stages) == ["teacher_answers", "student_sft", "distill", "evaluate"]
+    assert all(stage["seconds"] >= 0 for stage in stages.values())
+    assert stages["student_sft"]["updates"] == stages["distill"]["updates"] == 4
+    logged = sum(row.get("tokens", 0) for row in rows(workdir, "distill"))
+    assert stages["distill"]["tokens"] == logged > 0
+    assert [row["step"] for row in rows(workdir, "distill") if "loss" in row] == [1, 2, 3, 4]
+    answers = (workdir / "evaluate" / "answers.jsonl").read_text().splitlines()
+    assert len(answers) == 2 and set(json.loads(answers[0])["answers"]) == set(summary["models"])
+    assert "<svg" in (workdir / "report.html").read_text()
+    assert not list(workdir.rglob("*.part")) + list(workdir.rglob("*.tmp"))
+
+
+def test_the_student_on_disk_is_made_of_the_kept_layers(finished):
+    student = hf.load(finished / "run" / "stages" / "distill" / "model")
+    assert student.config.layers == student.hf_config["num_hidden_layers"] == 1
+
+
+def test_a_second_start_reports_again_and_does_nothing_else(copy, capsys, monkeypatch):
+    config, workdir = copy
+    monkeypatch.setattr("minillm_jax.build.load", None)  # no weights are read
+    skip = ("report", "summary.json", "report.html", "metrics.jsonl")
+    before = files(workdir, *skip)
+    (workdir / "report.html").unlink()
+    pipeline.execute(config, workdir)
+    assert files(workdir, *skip) == before
+    assert (workdir / "report.html").is_file()
+    assert capsys.readouterr().err.count(": done, in ") == 4
+
+
+def test_stages_run_alone_and_those_without_input_are_refused(copy, tmp_path):
+    config, done = copy
+    workdir = tmp_path / "alone"
+    with pytest.raises(InputError, match="distill needs the output of student_sft: add it"):
+        pipeline.execute(config, workdir, ["teacher_answers", "distill"])
+    assert not workdir.exists()
+    pipeline.execute(config, workdir, ["teacher_answers"])
+    assert [p.name for p in (workdir / "stages").iterdir()] == ["teacher_answers"]
+    same = "stages/teacher_answers/answers.jsonl"
+    assert (workdir / same).read_bytes() == (done / same).read_bytes()
+    with pytest.raises(InputError, match="no stage 'distil': choose from teacher_answers, stud"):
+        pipeline.execute(config, workdir, ["distil"])
+
+
+def test_stages_are_done_again_from_scratch_when_their_input_is_another(copy, monkeypatch):
+    config, workdir = copy
+    (workdir / "stages" / "teacher_answers" / "done.json").unlink()
+    for stage in ("student_sft", "distill"):
+        assert (workdir / "stages" / stage / "checkpoints").is_dir()
+    restore, found = Checkpoints.restore, []
+
+    def watched(*args, **kwargs):
+        found.append(restore(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(Checkpoints, "restore", watched)
+    states = {s["stage"]: s["state"] for s in pipeline.describe(config, workdir)["stages"]}
+    assert set(states.values()) == {"to do"}
+    before = files(workdir / "stages")
+    pipeline.execute(config, workdir)
+    assert found == [None, None]  # the checkpoints were of other answers
+    after = files(workdir / "stages")
+    done = {p: t for p, t in after.items() if p.name == "done.json"}
+    assert len(done) == 5 and all(before.get(p) != t for p, t in done.items())
+
+
+@pytest.mark.parametrize("stage", ["student_sft", "distill"])
+def test_a_killed_run_goes_on_to_the_same_weights(copy, finished, monkeypatch, stage):
+    config, workdir = copy
+    undo(workdir, *{"student_sft": ["student_sft", "distill"], "distill": ["distill"]}[stage])
+    (workdir / "metrics.jsonl").unlink()
+    log = training._Stage.log
+
+    def killed(self, step, values):
+        log(self, step, values)
+        if step == 3:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Stage, "log", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            pipeline.execute(config, workdir, [stage])
+    folder = workdir / "stages" / stage
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["2"]
+    assert not (folder / "done.json").exists()
+    steps = []
+    monkeypatch.setattr(
+        training._Stage, "log", lambda self, s, v: (steps.append(s), log(self, s, v))
+    )
+    pipeline.execute(config, workdir, [stage])
+    assert steps == [3, 4]  # it went on, and did not begin again
+    jax.tree.map(
+        np.testing.assert_array_equal, weights(workdir, stage), weights(finished / "run", stage)
+    )
+    assert rows(workdir, stage) == rows(finished / "run", stage)
+    outcome = {w: pipeline.read_done(w, stage) for w in (workdir, finished / "run")}
+    for name in ("tokens", "updates", "best", "skipped"):
+        assert outcome[workdir][name] == outcome[finished / "run"][name]
+
+
+def test_another_config_is_refused_with_what_differs_but_tensorboard_is_free(copy):
+    config, workdir = copy
+    with config.unlocked():
+        other = config.copy_and_resolve_references()
+    other.distill.alpha, other.seed = 0.5, 3
+    before = files(workdir)
+    for call in (pipeline.execute, pipeline.describe):
+        with pytest.raises(InputError, match=r"distill.alpha: 0.2 there, 0.5 now; seed: 0 there"):
+            call(other, workdir)
+    assert files(workdir) == before
+    config.tensorboard = True
+    undo(workdir, "teacher_answers", "student_sft")
+    pipeline.execute(config, workdir, ["teacher_answers", "student_sft"])
+    events = list((workdir / "tensorboard" / "student_sft").iterdir())
+    assert events and b"valid_loss" in events[0].read_bytes()
+
+
+def test_training_that_is_not_finite_stops_with_its_checkpoint_kept(copy, tmp_path):
+    config, done = copy
+    workdir = tmp_path / "nan"
+    config.sft.learning_rate = 1e38
+    config.sft.steps = 30
+    config.sft.clip_norm = 1e30
+    config.sft.weight_decay = 1e30
+    with pytest.raises(InputError) as error:
+        pipeline.execute(config, workdir, ["teacher_answers", "student_sft"])
+    text = str(error.value)
+    assert "\n" not in text and text.startswith("student_sft stopped: 10 updates in a row")
+    last = workdir / "stages" / "student_sft" / "checkpoints"
+    assert f"the last good checkpoint is {last}" in text
+    assert list(last.iterdir())
+    assert not (last.parent / "done.json").exists()
+    hf.load(workdir / "stages" / "student_sft" / "model")  # the best one so far
+
+
+def test_no_space_is_said_before_training_begins(copy, monkeypatch):
+    config, workdir = copy
+    undo(workdir, "distill")
+    free = namedtuple("usage", "total used free")(10**6, 10**6 - 1000, 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    before = files(workdir, "metrics.jsonl")
+    with pytest.raises(InputError, match=r"no space for distill in .*: it takes about 0 MB"):
+        pipeline.execute(config, workdir, ["distill"])
+    assert files(workdir, "metrics.jsonl") == before
+
+
+def test_needed_space_is_that_of_two_models_and_the_checkpoints_in_flight(copy, monkeypatch):
+    config, workdir = copy
+    undo(workdir, "distill")
+    parameters = json.loads((workdir / "summary.json").read_text())["models"]["sft"]["parameters"]
+    need = 4 * parameters * (2 + 3)  # one checkpoint is written in four steps, saved every second
+
+    def with_free(free):
+        usage = namedtuple("usage", "total used free")(10**9, 0, free)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+        run = pipeline.Run(pipeline.Builder(config), workdir, None)  # type: ignore[arg-type]
+        pipeline.check_space(run, "distill")
+
+    with_free(need)
+    with pytest.raises(InputError, match="no space for distill"):
+        with_free(need - 1)
+
+
+def test_a_dry_run_describes_and_touches_nothing(copy, tmp_path, monkeypatch):
+    config, workdir = copy
+    monkeypatch.setattr("minillm_jax.build.load", None)  # no weights are read
+    before = files(workdir)
+    found = json.loads(json.dumps(pipeline.describe(config, workdir)))
+    assert {s["state"] for s in found["stages"]} == {"done"}
+    new = pipeline.describe(config, tmp_path / "new", ["evaluate", "distill"])
+    assert new["stages"] == [
+        {"stage": "distill", "state": "to do"},
+        {"stage": "evaluate", "state": "to do"},
+    ]
+    assert found["config"]["student"]["keep_layers"] == [0]
+    assert found["geometry"]["prompts"] == {"train": 8, "validation": 2, "test": 2}
+    assert found["geometry"]["distill"] == {
+        "rollouts": 8, "batch": 8, "micro_batches": 1, "inner_epochs": 3,
+        "updates_per_collection": 3, "collections": 2, "updates": 4,
+    }  # fmt: skip
+    assert found["devices"]["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert files(workdir) == before and not (tmp_path / "new").exists()

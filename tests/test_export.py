@@ -3,6 +3,7 @@
 import errno
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -51,12 +52,12 @@ def test_transformers_computes_the_same_logits(run, export, tmp_path, stage):
     text = "the red cat is not small"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert ids == load_tokenizer(run / "stages" / "distill" / "model").encode(text)
-    tokens = np.array([ids], np.int32)
+    tokens = jnp.array([ids])
     params = jax.device_put(source.params)
-    hidden = hidden_states(source.config, params, tokens, np.ones_like(tokens, bool))
+    hidden = hidden_states(source.config, params, tokens, jnp.ones_like(tokens, bool))
     ours = logits(head(source.config, params), hidden)
     with torch.no_grad():
-        wanted = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+        wanted = theirs(torch.tensor([ids])).logits.numpy()
     scale = np.abs(wanted).max()
     np.testing.assert_allclose(ours / scale, wanted / scale, atol=1e-5)
     chat = tokenizer.apply_chat_template(

@@ -1,6 +1,7 @@
 """The stages that train the student: resume or start, run the loop, keep the best student."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,9 @@ def train(
     axes = logical_axes(start.config)
     with jax.set_mesh(build.mesh):
         abstract = abstract_state(abstract_params(start.config), axes, optimizer, build.mesh)
-        settings = {"stage": stage, "config": build.config.to_dict()}
+        # Logging may change between two starts; whatever decides a state may not.
+        config = {name: v for name, v in build.config.to_dict().items() if name != "tensorboard"}
+        settings = {"stage": stage, "config": config}
         with Checkpoints(folder / "checkpoints", settings, keep=1) as checkpoints:
             buffer = _abstract_rollout(build, method, abstract, frozen, batches)
             restored = checkpoints.restore(abstract, buffer=buffer)
@@ -100,7 +103,9 @@ class _Stage:
         value = self.validate(model)
         seconds = time.monotonic() - self.began
         self.run.metrics.write(self.stage, step, seconds, {self.score: value})
-        if self.best is None or value < self.best[self.score]:
+        # The first student is kept whatever its score, so that there always is one.
+        best = math.inf if self.best is None else self.best[self.score]
+        if self.best is None or value < best or math.isnan(best):
             self.best = {"step": step, self.score: value}
             modelfiles.save_model(self.run.model(self.stage), model, self.run.build.tokenizer)
 

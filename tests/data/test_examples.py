@@ -47,7 +47,7 @@ def test_an_over_long_prompt_is_refused_or_dropped(toy: Tokenizer):
     assert [(e.row, e.response) for e in kept] == [(1, (*toy.encode("red cat"), toy.eos_id))]
     with pytest.raises(InputError, match="no prompt is within 8 tokens"):
         make(toy, [LONG], long_prompts="drop")
-    with pytest.raises(InputError, match="choose error or drop"):
+    with pytest.raises(ValueError, match="choose error or drop"):
         make(toy, [SHORT], long_prompts="cut")
 
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct into a shallower copy of itself, on two CPU cores, in about ten minutes.
+"""SmolLM2-135M-Instruct into a shallower copy of itself, on two CPU cores.
 
     python -m minillm_jax.main --config configs/quickstart.py
     python -m minillm_jax.main --config configs/quickstart.py:smoke

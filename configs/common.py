@@ -1,12 +1,14 @@
 """What every experiment shares: the whole list of settings, each with its default and its meaning.
 
-An experiment is a file beside this one: it takes `base()`, sets what differs, and ends with a
-block that shrinks it for a smoke run. Sizes of models are never written here: they come from the
-models' own `config.json` or GGUF header.
+An experiment is a file beside this one: it takes `base()` (a pair of the paper: `paper.pair()`),
+sets what differs, and ends with a block that shrinks it for a smoke run. Sizes of models are never
+written here: they come from the models' own `config.json` or GGUF header.
 """
 
 import ml_collections
 from ml_collections import config_dict
+
+METHODS = ("minillm", "sft", "kd", "seqkd")
 
 
 def base() -> ml_collections.ConfigDict:
@@ -14,42 +16,61 @@ def base() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.name = ""
     config.seed = 0
+    config.method = "minillm"  # or a baseline: sft, kd (word-level), seqkd (sequence-level)
+    config.dropout = False  # the models' own rates in SFT, KD and SeqKD; never in MiniLLM
 
+    # A model is an HF folder, a GGUF file, a Hub id OWNER/NAME, pip:PACKAGE==VERSION that carries
+    # a GGUF, or random:FAMILY-LxD: L random layers of width D, made in the work directory.
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.path = ""  # HF folder, GGUF file, or pip:PACKAGE==VERSION that carries a GGUF
+    config.teacher.path = ""
     config.teacher.sha256 = ""  # of the GGUF inside a pip: package; empty: not checked
+    config.teacher.fine_tuned = ""  # a teacher that is fine-tuned already: no stage teacher_sft
 
     config.student = ml_collections.ConfigDict()
     config.student.path = ""  # empty: made of the teacher's own layers
-    config.student.keep_layers = ()  # which of them, from 0; () keeps all
+    config.student.fine_tuned = ""  # a student to start MiniLLM from: no stage student_sft
+    config.student.keep_layers = ()  # which layers, from 0; () keeps all
     config.student.dtype = "float32"  # of the arithmetic; parameters are float32
 
     config.data = ml_collections.ConfigDict()
-    config.data.train = ""  # JSONL of instruction, input; empty: the packaged prompts
+    config.data.train = ""  # JSONL or hub:OWNER/NAME; empty: the packaged prompts, without answers
     config.data.validation = ""
     config.data.test = ""
-    config.data.template = "chat"  # the model's own chat template, or alpaca
+    config.data.more_tests = ()  # further test sets, each "NAME=FILE.jsonl": Rouge-L alone
+    config.data.template = "chat"  # the model's own chat template, or alpaca, alpaca_qwen
     config.data.max_prompt = 128  # prompt buffer P in tokens
     config.data.max_response = 64  # response buffer N in tokens
+    config.data.long_prompts = "error"  # of more than max_prompt tokens; or drop their rows
     config.data.limit = 0  # use that many training rows; 0: all
 
-    config.answers = ml_collections.ConfigDict()  # what the teacher writes for the student's SFT
-    config.answers.limit = 0  # training prompts that it answers; 0: all
+    config.answers = ml_collections.ConfigDict()
+    config.answers.source = "teacher"  # who wrote what SFT and KD learn from: teacher, or the data
+    config.answers.limit = 0  # training prompts that the teacher answers; 0: all
     config.answers.temperature = 1.0
     config.answers.top_p = 1.0
     config.answers.batch_size = 32
+
+    # The teacher's own fine-tuning, on the answers of the data; the rest is as in `sft`.
+    config.teacher_sft = size()
+    config.teacher_sft.learning_rate = 1e-5
+    config.teacher_sft.steps = 0  # 0, and no epochs: the teacher is used as it is
+    config.teacher_sft.keep = "rouge_l"
 
     config.sft = optimisation()
     config.sft.steps = 100
     config.sft.batch_size = 8
     config.sft.evaluate_every = 10
+    config.sft.keep = "loss"
 
-    config.distill = optimisation()
-    config.distill.steps = 5000  # updates
-    config.distill.batch_size = 64  # responses per update, over all devices
+    config.distill = optimisation()  # of the method, whichever it is, but sft
+    config.distill.steps = 5000
+    config.distill.batch_size = 64
+    config.distill.evaluate_every = 100
+    config.distill.keep = "reverse_kl"
+    config.distill.kd_ratio = 0.0  # kd, seqkd: share of the teacher's distribution in the loss
+    # MiniLLM alone, from here on.
     config.distill.rollouts = 256  # responses per collection
     config.distill.inner_epochs = 4  # passes over a collection
-    config.distill.evaluate_every = 100
     config.distill.estimator = "corrected"  # or paper, lmops: docs/method.md
     config.distill.alpha = 0.2  # the teacher's share of the sampling mixture
     config.distill.chunk = 6  # most tokens that the teacher reads at once while mixing
@@ -61,6 +82,12 @@ def base() -> ml_collections.ConfigDict:
     config.distill.length_norm = config_dict.placeholder(bool)
     config.distill.whiten = config_dict.placeholder(str)  # none, center (mean only), full
     config.distill.single_step = config_dict.placeholder(bool)
+
+    # L_PT of MiniLLM on plain text, in blocks of max_prompt + max_response tokens.
+    config.corpus = ml_collections.ConfigDict()
+    config.corpus.files = ()  # .txt, .txt.gz, or hub:OWNER/NAME; (): no corpus loss
+    config.corpus.coefficient = 1.0
+    config.corpus.kd_ratio = 0.0  # kappa: share of the teacher's distribution in it
 
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.batch_size = 32
@@ -76,15 +103,26 @@ def base() -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def optimisation() -> ml_collections.ConfigDict:
-    """AdamW and its schedule; used by each training stage."""
+def size() -> ml_collections.ConfigDict:
+    """How long a training stage is, in which portions, and which of its students is kept."""
     config = ml_collections.ConfigDict()
     config.learning_rate = 1e-5
+    config.steps = 100  # updates
+    config.epochs = 0.0  # passes over the examples, instead of steps where it is not 0
+    config.batch_size = 32  # rows per update, over all devices
+    config.micro_batch = 0  # most rows that a device takes at once; 0: no bound
+    config.evaluate_every = 0  # updates; 0: each epoch, or at the end alone
+    config.keep = "loss"  # best on the validation set by loss, rouge_l or reverse_kl
+    return config
+
+
+def optimisation() -> ml_collections.ConfigDict:
+    """The size of a stage with AdamW and its schedule."""
+    config = size()
     config.warmup = 0  # updates
     config.schedule = "constant"  # after the warm-up: constant, or cosine to 0 at the last step
     config.weight_decay = 0.0
     config.b2 = 0.95
     config.clip_norm = 1.0
-    config.accumulate = 1  # micro-batches per update
-    config.save_every = 50  # updates between checkpoints
+    config.save_every = 0  # updates between checkpoints; 0: as evaluate_every
     return config

@@ -1,36 +1,32 @@
-"""The only reader of the configuration: from a ConfigDict to models, data, methods, schedules.
+"""The reader of the configuration: from a ConfigDict to models, data, methods, schedules.
 
-Below this file there are frozen dataclasses and keyword arguments; `check` says which settings
-cannot be right.
+`check` says which settings cannot be right, `recipe` and `dataset` are the parts for training
+sections and for data. Below these files there are frozen dataclasses and keyword arguments.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from minillm_jax import optim
+from minillm_jax import recipe, scratch
 from minillm_jax.check import check
-from minillm_jax.data import examples as examples_lib
-from minillm_jax.data import loader, sources
-from minillm_jax.data.examples import Example
-from minillm_jax.data.sources import Row
 from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
+from minillm_jax.dataset import SPLITS, Data
 from minillm_jax.methods import Method, minillm, sft
 from minillm_jax.models import DecoderConfig, logical_axes
 from minillm_jax.models.fetch import resolve
 from minillm_jax.models.hf import load
 from minillm_jax.models.weights import Checkpoint, keep_layers
-from minillm_jax.objectives.policy import PRESETS, Policy
 from minillm_jax.rollout import Mixing, Warp
 from minillm_jax.sharding import make_mesh, place, tree_shardings
 from minillm_jax.trainer import Schedule
-from minillm_jax.types import InputError, Params, Sequences
-
-SPLITS = ("train", "validation", "test")
+from minillm_jax.types import InputError, Params
 
 
 @dataclass(frozen=True)
@@ -50,33 +46,64 @@ class Model:
 class Builder:
     """Makes what the stages need, each thing once, when it is first asked for."""
 
-    def __init__(self, config: Any):
-        """Take the config and look at the settings that can be judged without a model."""
+    def __init__(self, config: Any, workdir: Path = Path(".")):
+        """Take the config and look at the settings that can be judged without a model.
+
+        `workdir` is where models and texts made from scratch are kept.
+        """
         self.config = config
         self.seed = int(config.seed)
+        self.workdir = workdir
         self.mesh = make_mesh(**config.mesh)
         self._made: dict[str, Any] = {}
+        self._tuned_teacher: Path | None = None
         check(config)
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if config.distill.rollouts % ways:
+        self.outline = recipe.outline(config)
+        ways = self.ways
+        if self.outline.method == "minillm" and config.distill.rollouts % ways:
             raise InputError(
                 f"config.distill.rollouts={config.distill.rollouts} does not split over {ways} "
                 f"devices: make it a multiple of {ways}"
             )
         # What these refuse is said now, and not when their stage begins.
-        for section in ("sft", "distill"):
+        for name in ("teacher_sft", "sft", "distill"):
+            section = self.section(name)
+            if name == "teacher_sft" and not self.outline.tunes_teacher:
+                continue
             try:
-                self.optimizer(section)
+                recipe.micro_batches(section["batch_size"], section["micro_batch"], ways)
+                # With epochs the updates are known when the data is.
+                recipe.optimizer(section, 10**9 if section["epochs"] else section["steps"])
+                if name == "distill":
+                    recipe.policy(section)
             except InputError as error:
-                raise InputError(f"config.{section}.{error}") from error
-        self.policy()
+                raise InputError(f"config.{name}.{error}") from error
 
     def _once(self, name: str, make: Any) -> Any:
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
+    @property
+    def ways(self) -> int:
+        """Devices over which the rows of a batch are split."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
     # Models and vocabulary.
+
+    def follow(self, teacher: Path) -> None:
+        """Take the model in this folder for the teacher from now on: a stage has fine-tuned it."""
+        for name in ("teacher", "teacher_checkpoint"):
+            self._made.pop(name, None)
+        self._tuned_teacher = teacher
+
+    def _locate(self, who: str) -> Path:
+        """Where the teacher or the student is, a fine-tuned one first."""
+        c = self.config[who]
+        spec = c.fine_tuned or c.path
+        if spec.startswith(scratch.PREFIX):
+            return scratch.model(spec, self.workdir / "scratch")
+        return resolve(spec, c.sha256) if who == "teacher" and not c.fine_tuned else resolve(spec)
 
     @property
     def teacher_checkpoint(self) -> Checkpoint:
@@ -93,27 +120,37 @@ class Builder:
         """The teacher on the devices."""
 
         def make():
-            model = self.on_devices(self.teacher_checkpoint)
+            model = self.on_devices(self._with_params(self.teacher_checkpoint))
             self._made["teacher_checkpoint"] = replace(self.teacher_checkpoint, params={})
             return model
 
         return self._once("teacher", make)
+
+    def untuned_teacher(self) -> Model:
+        """The teacher for its own training, which consumes the parameters: held by nobody else."""
+        self._made.pop("teacher", None)
+        model = self.on_devices(self._with_params(self.teacher_checkpoint))
+        self._made["teacher_checkpoint"] = replace(self.teacher_checkpoint, params={})
+        return model
 
     def student(self, folder: Any = None) -> Model:
         """The student from `folder`, or as it is before training."""
         return self.on_devices(load(folder) if folder else self._read_start())
 
     def _read_teacher(self) -> Checkpoint:
-        c = self.config.teacher
-        return load(resolve(c.path, c.sha256))
+        return load(self._tuned_teacher or self._locate("teacher"))
+
+    def _with_params(self, held: Checkpoint) -> Checkpoint:
+        return held if held.params else self._read_teacher()
 
     def _read_start(self) -> Checkpoint:
         c = self.config.student
+        if c.fine_tuned:
+            return load(self._locate("student"))
         if c.path:
-            start = load(resolve(c.path))
+            start = load(self._locate("student"))
         else:
-            held = self.teacher_checkpoint
-            start = held if held.params else self._read_teacher()
+            start = self._with_params(self.teacher_checkpoint)
         return keep_layers(start, c.keep_layers) if c.keep_layers else start
 
     def on_devices(self, checkpoint: Checkpoint) -> Model:
@@ -127,11 +164,11 @@ class Builder:
         """The student's tokenizer, after it was found to agree with the teacher's."""
 
         def make():
-            c = self.config
-            teacher = load_tokenizer(resolve(c.teacher.path, c.teacher.sha256))
-            if not c.student.path:
+            c = self.config.student
+            teacher = load_tokenizer(self._locate("teacher"))
+            if not (c.path or c.fine_tuned):
                 return teacher
-            student = load_tokenizer(resolve(c.student.path))
+            student = load_tokenizer(self._locate("student"))
             compare_vocabularies(teacher, student)
             return student
 
@@ -150,7 +187,11 @@ class Builder:
             InputError: rows, prompts, vocabularies or weights that do not fit.
         """
         c = self.config.data
-        ids = (max(prompt.prompt) for split in SPLITS for prompt in self.prompts(split))
+        for split in SPLITS:
+            if self.outline.answers == "data" or (self.outline.tunes_teacher and split != "test"):
+                self.data.gold(split)
+        self.data.more_tests()
+        ids = (max(prompt.prompt) for split in SPLITS for prompt in self.data.prompts(split))
         largest = max(self.tokenizer.eos_id, *ids)
         for who, checkpoint in (
             ("teacher", self.teacher_checkpoint),
@@ -168,117 +209,67 @@ class Builder:
                     f"{checkpoint.path} and its tokenizer do not belong together"
                 )
 
-    # Data.
-
-    def rows(self, split: str) -> list[Row]:
-        """The rows of a split, from the config's file or the packaged prompts."""
-        c = self.config.data
-        rows = sources.read_jsonl(c[split]) if c[split] else sources.packaged_prompts(split)
-        evaluate = self.config.evaluate
-        limits = {"validation": evaluate.validation_prompts, "test": evaluate.prompts}
-        limit = limits.get(split, c.limit)
-        return rows[:limit] if limit else rows
-
-    def prompts(self, split: str) -> list[Example]:
-        """The prompts of a split as ids, without answers."""
-        c = self.config.data
-
-        def make():
-            return examples_lib.make_examples(
-                self.tokenizer,
-                self.rows(split),
-                template=c.template,
-                max_prompt=c.max_prompt,
-                max_response=c.max_response,
-                answers=False,
-            )
-
-        return self._once(f"prompts/{split}", make)
-
-    def padding(self) -> dict[str, int]:
-        """The geometry of a batch, for `pad` and the loaders."""
-        c = self.config.data
-        return {
-            "prompt_slots": c.max_prompt,
-            "response_slots": c.max_response,
-            "pad_id": self.tokenizer.pad_id,
-        }
-
-    def batches(self, examples: Sequence[Example], batch_size: int) -> loader.Batches:
-        """Endless shuffled batches."""
-        return loader.batches(examples, batch_size, self.seed, **self.padding())
-
-    def ordered(self, examples: Sequence[Example]) -> list[tuple[Sequences, int]]:
-        """The examples once, in order, in batches of evaluation."""
-        size = min(self.config.evaluate.batch_size, len(examples))
-        return list(loader.ordered(examples, size, **self.padding()))
+    @functools.cached_property
+    def data(self) -> Data:
+        """Rows, prompts, answers and batches."""
+        return Data(self.config, lambda: self.tokenizer, self.seed, self.workdir)
 
     # Training.
 
-    def schedule(self, stage: str) -> Schedule:
-        """Sizes and intervals of a training stage."""
-        c = self.config[stage]
-        on_policy = {}
-        if stage == "distill":
-            on_policy = {"rollouts": c.rollouts, "inner_epochs": c.inner_epochs}
-        return Schedule(
-            steps=c.steps,
-            batch_size=c.batch_size,
-            evaluate_every=c.evaluate_every,
-            save_every=c.save_every,
-            **on_policy,
-        )
+    def section(self, name: str) -> Mapping[str, Any]:
+        """The settings of a training stage; the teacher's SFT has what it lacks from `sft`."""
+        own = dict(self.config[name])
+        return dict(self.config.sft) | own if name == "teacher_sft" else own
 
-    def optimizer(self, stage: str) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    def schedule(self, name: str, examples: int | None = None) -> Schedule:
+        """Sizes and intervals of a training stage, for that many examples if given."""
+        section = self.section(name)
+        if examples is None:
+            examples = self._learns_from(name) if section["epochs"] else 0
+        on_policy = name == "distill" and self.outline.method == "minillm"
+        return recipe.schedule(section, examples, on_policy=on_policy)
+
+    def _learns_from(self, name: str) -> int:
+        by_teacher = name == "distill" and self.outline.method == "seqkd"
+        if name == "teacher_sft" or (self.outline.answers == "data" and not by_teacher):
+            return len(self.data.gold("train"))
+        asked = len(self.data.prompts("train"))
+        return min(asked, self.config.answers.limit or asked)
+
+    def micro_batches(self, name: str) -> int:
+        """Parts of an update, so that no device takes more than `micro_batch` rows at once."""
+        section = self.section(name)
+        return recipe.micro_batches(section["batch_size"], section["micro_batch"], self.ways)
+
+    def optimizer(self, name: str) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """AdamW of a stage and its learning rate by update."""
-        c = self.config[stage]
-        rate = optim.schedule(c.schedule, c.learning_rate, warmup=c.warmup, steps=c.steps)
-        decay = {"weight_decay": c.weight_decay, "decay_mask": optim.matrices}
-        return optim.adamw(rate, b2=c.b2, clip_norm=c.clip_norm, **decay), rate
+        return recipe.optimizer(self.section(name), self.schedule(name).steps)
 
-    def sft(self) -> Method:
-        """Supervised fine-tuning."""
-        optimizer, rate = self.optimizer("sft")
+    def sft(self, model: DecoderConfig | None = None, name: str = "sft") -> Method:
+        """Supervised fine-tuning of the student, or of another model."""
         return sft.method(
-            self.student_checkpoint.config,
-            optimizer,
-            rate,
-            vocab=self.vocab,
-            micro_batches=self.config.sft.accumulate,
-            dtype=self.config.student.dtype,
+            model or self.student_checkpoint.config, *self.optimizer(name), **self._common(name)
         )
 
     def minillm(self) -> Method:
         """MiniLLM."""
-        c = self.config.distill
-        optimizer, rate = self.optimizer("distill")
+        models = self.student_checkpoint.config, self.teacher_checkpoint.config
+        common = self._common("distill")
+        del common["vocab"]  # it is in `mixing`
         return minillm.method(
-            self.student_checkpoint.config,
-            self.teacher_checkpoint.config,
-            optimizer,
-            rate,
-            policy=self.policy(),
+            *models,
+            *self.optimizer("distill"),
+            policy=recipe.policy(self.section("distill")),
             mixing=self.mixing(),
-            micro_batches=c.accumulate,
-            dtype=self.config.student.dtype,
+            **common,
         )
 
-    def policy(self) -> Policy:
-        """The estimator's preset, with the switches that the config sets."""
-        c = self.config.distill
-        names = ("gamma", "reward_scaling", "reward_clip", "cliprange", "length_norm", "whiten")
-        given = {name: c[name] for name in (*names, "single_step") if c[name] is not None}
-        for name in ("reward_clip", "cliprange"):
-            if given.get(name) == 0:
-                given[name] = None
-        if c.estimator not in PRESETS:
-            raise InputError(
-                f"config.distill.estimator={c.estimator!r}: choose from {', '.join(PRESETS)}"
-            )
-        try:
-            return replace(PRESETS[c.estimator], **given)
-        except InputError as error:
-            raise InputError(f"config.distill.{error}") from error
+    def _common(self, name: str) -> dict[str, Any]:
+        return {
+            "vocab": self.vocab,
+            "micro_batches": self.micro_batches(name),
+            "dtype": self.config.student.dtype,
+        }
 
     def mixing(self) -> Mixing:
         """Teacher-mixed sampling."""

@@ -1,23 +1,36 @@
 """Which settings cannot be right, judged before anything is loaded; `build` reads the rest."""
 
+from pathlib import Path
 from typing import Any
 
 from minillm_jax.data.templates import TEMPLATES
 from minillm_jax.models.fetch import resolve
 from minillm_jax.types import InputError
 
-_TRAINING = ("steps", "batch_size", "accumulate", "evaluate_every", "save_every")
+_FROM_0 = ("epochs", "micro_batch", "evaluate_every")
+_SECTIONS = ("teacher_sft", "sft", "distill")
 _LEAST = (
-    {f"{stage}.{name}": 1 for stage in ("sft", "distill") for name in _TRAINING}
+    {f"{stage}.steps": 1 for stage in ("sft", "distill")}
+    | {f"{stage}.save_every": 0 for stage in ("sft", "distill")}
+    | {f"{stage}.weight_decay": 0 for stage in ("sft", "distill")}
+    | {f"{stage}.batch_size": 1 for stage in _SECTIONS}
+    | {f"{stage}.{name}": 0 for stage in _SECTIONS for name in _FROM_0}
     | {f"distill.{name}": 1 for name in ("rollouts", "inner_epochs", "chunk")}
-    | {"answers.batch_size": 1, "evaluate.batch_size": 1}
+    | {"answers.batch_size": 1, "evaluate.batch_size": 1, "teacher_sft.steps": 0}
     | {"data.max_prompt": 1, "data.max_response": 1, "data.limit": 0, "answers.limit": 0}
     | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "answers.temperature": 0}
-    | {"sft.weight_decay": 0, "distill.weight_decay": 0}
+    | {"corpus.coefficient": 0}
 )
+_KEEP = ("loss", "rouge_l", "reverse_kl")
 _CHOICES = {
+    "method": ("minillm", "sft", "kd", "seqkd"),
     "data.template": TEMPLATES,
+    "data.long_prompts": ("error", "drop"),
+    "answers.source": ("teacher", "data"),
     "student.dtype": ("float32", "bfloat16", "float16"),
+    "teacher_sft.keep": _KEEP[:2],
+    "sft.keep": _KEEP,
+    "distill.keep": _KEEP,
 }
 
 
@@ -28,45 +41,66 @@ def check(config: Any) -> None:
         InputError: naming the setting and the cure.
     """
     for name, least in _LEAST.items():
-        section, _, key = name.rpartition(".")
-        value = config[section][key]
+        value = _setting(config, name)
         if value < least:
             raise InputError(f"config.{name}={value}: give a number of at least {least}")
     for name, allowed in _CHOICES.items():
-        section, _, key = name.rpartition(".")
-        if config[section][key] not in allowed:
-            raise InputError(
-                f"config.{name}={config[section][key]!r}: choose from {', '.join(allowed)}"
-            )
+        value = _setting(config, name)
+        if value not in allowed:
+            raise InputError(f"config.{name}={value!r}: choose from {', '.join(allowed)}")
     for stage in ("sft", "distill"):
         c = config[stage]
-        if c.batch_size % c.accumulate:
-            raise InputError(
-                f"config.{stage}.accumulate={c.accumulate} does not divide "
-                f"config.{stage}.batch_size={c.batch_size}: change one of them"
-            )
         if not 0 <= c.b2 < 1:
             raise InputError(f"config.{stage}.b2={c.b2}: give a number from 0 to below 1")
     d = config.distill
-    if d.rollouts % d.batch_size:
+    if config.method == "minillm" and d.rollouts % d.batch_size:
         raise InputError(
             f"config.distill.rollouts={d.rollouts} is not a multiple of "
             f"config.distill.batch_size={d.batch_size}: change one of them"
         )
     if not 0.0 <= d.alpha <= 1.0:
         raise InputError(f"config.distill.alpha={d.alpha}: the teacher's share is between 0 and 1")
+    for name, ratio in (("distill", d.kd_ratio), ("corpus", config.corpus.kd_ratio)):
+        if not 0.0 <= ratio <= 1.0:
+            raise InputError(
+                f"config.{name}.kd_ratio={ratio}: the teacher's share is between 0 and 1"
+            )
     if not 0.0 < config.answers.top_p <= 1.0:
         raise InputError(
             f"config.answers.top_p={config.answers.top_p}: give more than 0, at most 1"
         )
-    if not config.teacher.path:
+    if not (config.teacher.path or config.teacher.fine_tuned):
         raise InputError("config.teacher.path is empty: give an HF folder or a GGUF file")
+    if config.student.fine_tuned and config.method != "minillm":
+        raise InputError(
+            f"config.student.fine_tuned is where minillm starts, and config.method="
+            f"{config.method!r}: give the student as config.student.path"
+        )
     for name in ("teacher", "student"):
-        path = config[name].path
-        if path and not path.startswith("pip:"):
-            resolve(path)
+        for path in (config[name].path, config[name].fine_tuned):
+            if path and is_local(path):
+                resolve(path)
+    for spec in config.data.more_tests:
+        name, has_file, file = str(spec).partition("=")
+        if not (name.isidentifier() and has_file and file):
+            raise InputError(f"config.data.more_tests: {spec!r} is not of the form NAME=FILE.jsonl")
     kept = config.student.keep_layers
     if not all(isinstance(layer, int) and layer >= 0 for layer in kept):
         raise InputError(
             f"config.student.keep_layers={tuple(kept)}: give numbers of layers, such as '(0, 1, 3)'"
         )
+
+
+def _setting(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def is_local(path: str) -> bool:
+    """Whether a model's path is one on this machine, and no name of something to fetch or make."""
+    return not path.startswith(("pip:", "hf:", "scratch:")) and (
+        Path(path).expanduser().exists()
+        or Path(path).suffix == ".gguf"
+        or path.startswith(("/", ".", "~"))
+    )

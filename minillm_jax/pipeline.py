@@ -13,23 +13,22 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from minillm_jax.build import SPLITS, Builder
+from minillm_jax.build import Builder
+from minillm_jax.geometry import geometry
 from minillm_jax.modelfiles import recover
 from minillm_jax.models import abstract_params
 from minillm_jax.reporting.progress import print_table
 from minillm_jax.reporting.report import write_report
 from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
 from minillm_jax.stages import Outcome, Run
-from minillm_jax.stages.answers import teacher_answers
-from minillm_jax.stages.evaluation import evaluate
-from minillm_jax.stages.training import distill, student_sft
+from minillm_jax.stages.plan import Plan, Stage, plan
 from minillm_jax.trainer import TrainingStopped
 from minillm_jax.types import InputError
 
@@ -40,13 +39,13 @@ FREE_SETTINGS = ("tensorboard",)
 def report(run: Run) -> Outcome:
     """Write `summary.json` and `report.html` from what the other stages left."""
     figures = run.workdir / "evaluate" / "figures.json"
-    done = {name: read_done(run.workdir, name) for name in STAGES if name != "report"}
+    done = {name: read_done(run.workdir, name) for name in planned(run.build).stages}
     summary = {
         "format": 1,
         "config": run.build.config.name,
         "seed": run.build.seed,
         "environment": environment(),
-        "stages": {name: outcome for name, outcome in done.items() if outcome},
+        "stages": {name: o for name, o in done.items() if o and name != "report"},
         "models": read_json(figures) if figures.exists() else {},
     }
     write_json(run.workdir / "summary.json", summary)
@@ -55,16 +54,9 @@ def report(run: Run) -> Outcome:
     return {"tokens": 0, "updates": 0}
 
 
-# In order; each with the stages whose output it reads.
-STAGES: dict[str, tuple[Callable[[Run], Outcome], tuple[str, ...]]] = {
-    "teacher_answers": (teacher_answers, ()),
-    "student_sft": (student_sft, ("teacher_answers",)),
-    "distill": (distill, ("student_sft",)),
-    "evaluate": (evaluate, ("teacher_answers", "student_sft", "distill")),
-    "report": (report, ("evaluate",)),
-}
-TRAINING = {"student_sft": "sft", "distill": "distill"}  # stage: its section of the config
-OPTIONAL_INPUTS = {"evaluate": ("student_sft", "distill"), "report": ("evaluate",)}
+def planned(build: Builder) -> Plan:
+    """The stages of the experiment."""
+    return plan(build.outline, report)
 
 
 def read_done(workdir: Path, stage: str) -> dict[str, Any] | None:
@@ -73,18 +65,18 @@ def read_done(workdir: Path, stage: str) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def is_done(workdir: Path, stage: str) -> bool:
+def is_done(workdir: Path, stages: Mapping[str, Stage], stage: str) -> bool:
     """Whether a stage is complete, and so from the inputs that are there now."""
     done = read_done(workdir, stage)
     return (
         done is not None
-        and done["inputs"] == _inputs(workdir, stage)
-        and all(is_done(workdir, name) for name in done["inputs"])
+        and done["inputs"] == _inputs(workdir, stages[stage])
+        and all(is_done(workdir, stages, name) for name in done["inputs"])
     )
 
 
-def _inputs(workdir: Path, stage: str) -> dict[str, str]:
-    found = {name: read_done(workdir, name) for name in STAGES[stage][1]}
+def _inputs(workdir: Path, stage: Stage) -> dict[str, str]:
+    found = {name: read_done(workdir, name) for name in stage.inputs}
     return {name: done["finished"] for name, done in found.items() if done}
 
 
@@ -97,11 +89,15 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
         InputError: an unknown stage, a missing input, a work directory of another config, no
             space, or a training that cannot go on.
     """
-    chosen = chosen_stages(names)
-    build = Builder(config)
+    build = Builder(config, workdir)
     refuse_another(workdir, config)
-    to_do = [stage for stage in chosen if not is_done(workdir, stage)]
-    check_inputs(workdir, to_do)
+    stages = planned(build).stages
+    chosen = chosen_stages(stages, names)
+    to_do = [stage for stage in chosen if not is_done(workdir, stages, stage)]
+    check_inputs(workdir, stages, to_do)
+    tuned = workdir / "stages" / "teacher_sft" / "model"
+    if "teacher_sft" in stages and is_done(workdir, stages, "teacher_sft"):
+        build.follow(tuned)
     if set(to_do) - {"report"}:
         build.preflight()
     with MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
@@ -109,10 +105,12 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())
         for stage in chosen:
-            if is_done(workdir, stage) and stage != "report":
+            if is_done(workdir, stages, stage) and stage != "report":
                 print(f"{stage}: done, in {run.folder(stage)}", file=sys.stderr)
-            else:
-                run_stage(run, stage)
+                continue
+            run_stage(run, stage)
+            if stage == "teacher_sft":
+                build.follow(tuned)
     if "report" in chosen:
         print(f"report: {workdir / 'report.html'}", file=sys.stderr)
 
@@ -123,18 +121,19 @@ def run_stage(run: Run, stage: str) -> None:
     Raises:
         InputError: the training cannot go on, or there is no space for it.
     """
-    folder, inputs = run.folder(stage), _inputs(run.workdir, stage)
+    this = planned(run.build).stages[stage]
+    folder, inputs = run.folder(stage), _inputs(run.workdir, this)
     mark = folder / "started.json"
     if not (mark.exists() and read_json(mark)["inputs"] == inputs):
         shutil.rmtree(folder, ignore_errors=True)  # of other inputs: no checkpoint to go on from
-    if stage in TRAINING:
+    if this.section:
         recover(run.model(stage))
         check_space(run, stage)
     write_json(mark, {"inputs": inputs})
     (folder / "done.json").unlink(missing_ok=True)
     began = time.monotonic()
     try:
-        outcome = STAGES[stage][0](run)
+        outcome = this.function(run)
     except TrainingStopped as error:
         steps = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
         last = folder / "checkpoints" / str(max(steps, default=0))
@@ -142,20 +141,21 @@ def run_stage(run: Run, stage: str) -> None:
         raise InputError(f"{stage} stopped: {error}; {kept}") from error
     outcome["seconds"] = round(time.monotonic() - began, 2)
     now = datetime.datetime.now(datetime.UTC).isoformat()
-    outcome |= {"inputs": _inputs(run.workdir, stage), "finished": now}
+    outcome |= {"inputs": _inputs(run.workdir, this), "finished": now}
     write_json(folder / "done.json", outcome)
 
 
-def check_inputs(workdir: Path, to_do: Sequence[str]) -> None:
+def check_inputs(workdir: Path, stages: Mapping[str, Stage], to_do: Sequence[str]) -> None:
     """Refuse a stage whose inputs neither are there nor come first.
 
     Raises:
         InputError: naming the stage to add.
     """
     for stage in to_do:
-        for name in STAGES[stage][1]:
-            optional = name in OPTIONAL_INPUTS.get(stage, ())
-            if not optional and name not in to_do and read_done(workdir, name) is None:
+        for name in stages[stage].inputs:
+            if name in stages[stage].optional:
+                continue
+            if name not in to_do and read_done(workdir, name) is None:
                 raise InputError(
                     f"stage {stage} needs the output of {name}: add it, --stages={name},{stage}"
                 )
@@ -170,8 +170,10 @@ def check_space(run: Run, stage: str) -> None:
     Raises:
         InputError: with what is needed and what there is.
     """
-    schedule = run.build.schedule(TRAINING[stage])
-    leaves = jax.tree.leaves(abstract_params(run.build.student_checkpoint.config))
+    schedule = run.build.schedule(planned(run.build).stages[stage].section)
+    build = run.build
+    held = build.teacher_checkpoint if stage == "teacher_sft" else build.student_checkpoint
+    leaves = jax.tree.leaves(abstract_params(held.config))
     model = 4 * sum(leaf.size for leaf in leaves)
     states = min(2, (schedule.steps - 1) // schedule.save_every)
     folder = run.folder(stage)
@@ -185,16 +187,16 @@ def check_space(run: Run, stage: str) -> None:
         )
 
 
-def chosen_stages(names: Sequence[str] | None) -> list[str]:
+def chosen_stages(stages: Mapping[str, Stage], names: Sequence[str] | None) -> list[str]:
     """The stages to run, in their order.
 
     Raises:
-        InputError: naming those that exist.
+        InputError: naming those that the experiment has.
     """
-    unknown = [name for name in names or () if name not in STAGES]
+    unknown = [name for name in names or () if name not in stages]
     if unknown:
-        raise InputError(f"no stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
-    return [name for name in STAGES if names is None or name in names]
+        raise InputError(f"no stage {unknown[0]!r}: choose from {', '.join(stages)}")
+    return [name for name in stages if names is None or name in names]
 
 
 def refuse_another(workdir: Path, config: Any) -> None:
@@ -233,35 +235,24 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def describe(config: Any, workdir: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
     """What `--dry_run` prints: config, stages, batch geometry and devices; writes nothing."""
-    build = Builder(config)
+    build = Builder(config, workdir)
     refuse_another(workdir, config)
-    d, s = build.schedule("distill"), build.schedule("sft")
+    order = planned(build)
+    stages = order.stages
+    listed = [
+        {"stage": name, "state": "done" if is_done(workdir, stages, name) else "to do"}
+        for name in chosen_stages(stages, names)
+    ]
+    if names is None:
+        left_out = [
+            {"stage": name, "state": f"skipped: {why}"} for name, why in order.skipped.items()
+        ]
+        listed = left_out + listed
     return {
         "config": json.loads(json.dumps(config.to_dict())),
         "workdir": str(workdir),
-        "stages": [
-            {"stage": name, "state": "done" if is_done(workdir, name) else "to do"}
-            for name in chosen_stages(names)
-        ],
-        "geometry": {
-            "prompts": {split: len(build.rows(split)) for split in SPLITS},
-            "prompt_slots": config.data.max_prompt,
-            "response_slots": config.data.max_response,
-            "sft": {
-                "batch": s.batch_size,
-                "micro_batches": config.sft.accumulate,
-                "updates": s.steps,
-            },
-            "distill": {
-                "rollouts": d.rollouts,
-                "batch": d.batch_size,
-                "micro_batches": config.distill.accumulate,
-                "inner_epochs": d.inner_epochs,
-                "updates_per_collection": d.updates_per_round,
-                "collections": -(-d.steps // d.updates_per_round),
-                "updates": d.steps,
-            },
-        },
+        "stages": listed,
+        "geometry": geometry(build, (s.section for s in stages.values() if s.section)),
         "devices": {
             "platform": jax.default_backend(),
             "count": jax.device_count(),

@@ -106,7 +106,7 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
     [
         (name, value, f"config.{name}={value}: give")
         for name, value in {
-            "sft.steps": 0, "sft.batch_size": 0, "sft.accumulate": -1, "sft.save_every": 0,
+            "sft.steps": 0, "sft.batch_size": 0, "sft.micro_batch": -1, "sft.save_every": 0,
             "sft.evaluate_every": 0, "distill.inner_epochs": 0, "distill.rollouts": 0,
             "distill.chunk": 0, "answers.batch_size": 0, "evaluate.batch_size": -1,
             "evaluate.prompts": -1, "data.max_prompt": 0, "data.max_response": 0,
@@ -120,7 +120,6 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
         ("distill.estimator", "mine", "config.distill.estimator='mine': "),
         ("distill.gamma", 2.0, "config.distill.gamma=2.0"),
         ("distill.batch_size", 3, "is not a multiple of config.distill.batch_size=3"),
-        ("sft.accumulate", 3, "does not divide config.sft.batch_size=8"),
         ("sft.schedule", "linear", "config.sft.schedule='linear': choose"),
         ("data.template", "vicuna", "config.data.template='vicuna': choose from alpaca, chat"),
         ("student.dtype", "int8", "config.student.dtype='int8': choose from float32"),

@@ -16,9 +16,12 @@ LAYERS = (
     {"models", "objectives", "data"},
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},
-    {"pipeline", "stages", "build", "check", "trainer", "checkpoint", "modelfiles"},
+    {
+        "pipeline", "stages", "build", "dataset", "recipe", "scratch", "check", "geometry",
+        "trainer", "checkpoint", "modelfiles",
+    },
     {"main", "plan", "generate", "export", "program"},
-)
+)  # fmt: skip
 PEERLESS = LAYERS[1]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

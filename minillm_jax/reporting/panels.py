@@ -66,6 +66,16 @@ PANELS = (
         ),
     ),
     Panel(
+        "rouge-l",
+        "Rouge-L on the validation set",
+        "F1, sampled answers",
+        (
+            Series("teacher_sft", "valid_rouge_l", "teacher, SFT", "teacher", points=True),
+            Series("student_sft", "valid_rouge_l", "student, SFT", _SFT, points=True),
+            Series("distill", "valid_rouge_l", "student, distilled", _MINILLM, points=True),
+        ),
+    ),
+    Panel(
         "length",
         "Length of sampled answers",
         "tokens",

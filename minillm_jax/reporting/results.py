@@ -6,7 +6,7 @@ or takes its row or column away.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minillm_jax.reporting import formats
@@ -18,12 +18,16 @@ LABELS = {
     "teacher": "Teacher",
     "start": "Student, start",
     "sft": "Student, SFT",
+    "kd": "Student, KD",
+    "seqkd": "Student, SeqKD",
     "minillm": "Student, MiniLLM",
 }
 _IN_A_SENTENCE = {
     "teacher": "the teacher",
     "start": "the student at start",
     "sft": "the SFT student",
+    "kd": "the KD student",
+    "seqkd": "the SeqKD student",
     "minillm": "the MiniLLM student",
 }
 
@@ -107,6 +111,8 @@ COLUMNS = (
     ),
 )
 
+_ROUGE_L = next(column for column in COLUMNS if column.key == "rouge_l")
+
 
 def models(summary: Summary) -> list[str]:
     """The models of the summary, the known ones first and in the order of the pipeline."""
@@ -126,10 +132,21 @@ def value(summary: Summary, model: str, key: str) -> float | None:
 
 
 def columns(summary: Summary) -> list[Column]:
-    """The columns in which at least one model has a figure."""
+    """The columns in which at least one model has a figure, further test sets last."""
+    present = {
+        key: None for m in models(summary) for key in (summary.get("models") or {}).get(m) or {}
+    }
+    sets = [_test_set(key) for key in present if key.startswith("rouge_l_")]
     return [
-        c for c in COLUMNS if any(value(summary, m, c.key) is not None for m in models(summary))
+        c
+        for c in (*COLUMNS, *sets)
+        if any(value(summary, m, c.key) is not None for m in models(summary))
     ]
+
+
+def _test_set(key: str) -> Column:
+    name = key.removeprefix("rouge_l_")
+    return replace(_ROUGE_L, key=key, label=f"Rouge-L, {name}")
 
 
 def cell(summary: Summary, model: str, column: Column) -> str:

@@ -1,12 +1,14 @@
 """Answers of a model to prompts, and the stage in which the teacher writes what SFT learns from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from minillm_jax.build import SPLITS, Model
+from minillm_jax.build import Model
 from minillm_jax.data.examples import Example
+from minillm_jax.dataset import SPLITS
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import read_rows, write_rows
 from minillm_jax.rollout import Warp, generate
@@ -20,7 +22,7 @@ def respond(
     """Let `model` answer prompts, in order: batches, and how many of their rows are real."""
     key = jax.random.key(seed)
     options = run.build.generation(warp)
-    for index, (batch, real) in enumerate(run.build.ordered(examples)):
+    for index, (batch, real) in enumerate(run.build.data.ordered(examples)):
         answer = generate(
             model.config,
             model.params,
@@ -41,16 +43,26 @@ def token_lists(batch: Sequences, real: int) -> list[list[int]]:
     return [[int(i) for i in row[mask]] for row, mask in pairs]
 
 
+def texts_of(run: Run, batches: Iterable[tuple[Sequences, int]]) -> list[str]:
+    """The text of the responses of batches, row by row."""
+    found = [ids for batch, real in batches for ids in token_lists(batch, real)]
+    return run.build.tokenizer.decode_batch(found)
+
+
 def teacher_answers(run: Run) -> Outcome:
-    """The teacher answers the prompts of every split; rows with text and exact token ids."""
+    """The teacher answers the prompts; rows with text and exact token ids.
+
+    Those of every split, or of the training split alone where the data has answers itself.
+    """
     c = run.build.config.answers
     warp = Warp(temperature=c.temperature, top_p=c.top_p)
     rows, tokens = [], 0
-    asked = {split: run.build.prompts(split) for split in SPLITS}
+    splits = SPLITS if c.source == "teacher" else ("train",)
+    asked = {split: run.build.data.prompts(split) for split in splits}
     asked["train"] = asked["train"][: c.limit or None]
     with Progress("teacher_answers", sum(map(len, asked.values()))) as bar:
         for number, (split, prompts) in enumerate(asked.items()):
-            source = run.build.rows(split)
+            source = run.build.data.rows(split)
             done = 0
             seed = run.build.seed * len(SPLITS) + number
             for batch, real in respond(run, run.build.teacher, prompts, warp, seed):
@@ -74,11 +86,26 @@ def teacher_answers(run: Run) -> Outcome:
     return {"tokens": tokens, "updates": 0}
 
 
-def answered(run: Run, split: str) -> list[Example]:
-    """The prompts of a split with the teacher's answers, token for token as it wrote them."""
+def answered(run: Run, split: str, source: str = "") -> list[Example]:
+    """The prompts of a split with the answers of `source` (empty: the experiment's).
+
+    Those of the teacher are token for token as it wrote them.
+    """
+    if (source or run.build.outline.answers) == "data":
+        return run.build.data.gold(split)
+    # The teacher may have been asked fewer prompts than there are.
+    pairs = zip(run.build.data.prompts(split), _rows(run, split), strict=False)
+    return [Example(asked.prompt, tuple(row["tokens"]), asked.row) for asked, row in pairs]
+
+
+def references(run: Run, split: str, source: str = "") -> list[tuple[str, ...]]:
+    """The answers of `source` as text, for Rouge-L: of the data there may be several per prompt."""
+    if (source or run.build.outline.answers) == "data":
+        rows = run.build.data.rows(split)
+        return [rows[example.row].output for example in run.build.data.prompts(split)]
+    return [(row["output"],) for row in _rows(run, split)]
+
+
+def _rows(run: Run, split: str) -> list[dict[str, Any]]:
     rows = read_rows(run.folder("teacher_answers") / "answers.jsonl")
-    found = [row for row in rows if row["split"] == split]
-    return [
-        Example(prompt.prompt, tuple(row["tokens"]), prompt.row)
-        for prompt, row in zip(run.build.prompts(split), found, strict=False)  # limited
-    ]
+    return [row for row in rows if row["split"] == split]

@@ -10,10 +10,10 @@ from minillm_jax.evaluation.divergence import per_token
 from minillm_jax.evaluation.rouge import mean_rouge_l
 from minillm_jax.evaluation.text import describe, distinct_n, loops, repetition
 from minillm_jax.reporting.progress import Progress
-from minillm_jax.reporting.writers import read_rows, write_json, write_rows
+from minillm_jax.reporting.writers import write_json, write_rows
 from minillm_jax.rollout import Warp
 from minillm_jax.stages import Outcome, Run
-from minillm_jax.stages.answers import answered, respond, token_lists
+from minillm_jax.stages.answers import answered, references, respond, texts_of, token_lists
 from minillm_jax.stages.measures import SAMPLED, answer_loss, measure
 
 GREEDY = Warp(temperature=0.0)
@@ -23,11 +23,12 @@ def held_out(run: Run, model: Model) -> tuple[dict[str, Any], list[str]]:
     """Every held-out figure of one model, and its greedy answers.
 
     Sampled answers (temperature 1, the same key for every model) give the reverse KL and the text
-    statistics; Rouge-L is against the teacher's own sampled answer; the NLL is that of that answer.
+    statistics; Rouge-L is against the answers of the test set (the teacher's own, where it wrote
+    them); the NLL is that of those answers. Of further test sets Rouge-L alone.
     """
     build = run.build
     examples = answered(run, "test")
-    references = build.tokenizer.decode_batch([e.response for e in examples])
+    expected = references(run, "test")[: len(examples)]
     eos = build.tokenizer.eos_id
 
     sampled = list(respond(run, model, examples, SAMPLED, build.seed))
@@ -48,8 +49,8 @@ def held_out(run: Run, model: Model) -> tuple[dict[str, Any], list[str]]:
         "parameters": model.parameters,
         **distances,
         "nll": nll,
-        "rouge_l": mean_rouge_l(sampled_texts, references),
-        "greedy_rouge_l": mean_rouge_l(texts, references),
+        "rouge_l": mean_rouge_l(sampled_texts, expected),
+        "greedy_rouge_l": mean_rouge_l(texts, expected),
         "finished": float(np.mean([ids[-1:] == [eos] for ids in answers])),
         "greedy_finished": float(np.mean([ids[-1:] == [eos] for ids in greedy])),
         "greedy_length": float(np.mean([len(ids) for ids in greedy_bare])),
@@ -57,7 +58,16 @@ def held_out(run: Run, model: Model) -> tuple[dict[str, Any], list[str]]:
         "greedy_repetition": float(np.mean([repetition(ids) for ids in greedy_bare])),
         "greedy_loops": float(np.mean([loops(ids) for ids in greedy_bare])),
     } | describe(bare)
-    return figures, texts
+    return figures | further(run, model), texts
+
+
+def further(run: Run, model: Model) -> dict[str, float]:
+    """Rouge-L of sampled answers on the further test sets, as `rouge_l_NAME`."""
+    figures = {}
+    for name, (rows, examples) in run.build.data.more_tests().items():
+        texts = texts_of(run, respond(run, model, examples, SAMPLED, run.build.seed))
+        figures[f"rouge_l_{name}"] = mean_rouge_l(texts, [rows[e.row].output for e in examples])
+    return figures
 
 
 def distance(run: Run, model: Model, sampled: Any) -> dict[str, float]:
@@ -74,28 +84,33 @@ def distance(run: Run, model: Model, sampled: Any) -> dict[str, float]:
 def evaluate(run: Run) -> Outcome:
     """Held-out figures and answers of the teacher and of the student at each stage."""
     build = run.build
-    makers: dict[str, Callable[[], Model]] = {
-        "teacher": lambda: build.teacher,
-        "start": build.student,
-        "sft": lambda: build.student(run.model("student_sft")),
-        "minillm": lambda: build.student(run.model("distill")),
-    }
-    needs = {"sft": "student_sft", "minillm": "distill"}
-    makers = {k: v for k, v in makers.items() if k not in needs or run.model(needs[k]).is_dir()}
+    tuned = build.outline.fine_tuned_student
+    makers: dict[str, Callable[[], Model]] = {"teacher": lambda: build.teacher}
+    if not tuned:
+        makers["start"] = build.student
+    if tuned or run.model("student_sft").is_dir():
+        makers["sft"] = lambda: build.student(None if tuned else run.model("student_sft"))
+    if run.model("distill").is_dir():
+        makers[build.outline.method] = lambda: build.student(run.model("distill"))
     figures, texts = {}, {}
     with Progress("evaluate", len(makers)) as bar:
         for number, (name, make) in enumerate(makers.items(), 1):
             figures[name], texts[name] = held_out(run, make())
             bar.update(number)
-    references = [row for row in read_rows(run.folder("teacher_answers") / "answers.jsonl")]
-    references = [row for row in references if row["split"] == "test"]
-    rows = []
-    for index, answers in enumerate(zip(*texts.values(), strict=True)):
-        row = references[index]
-        kept = {"instruction": row["instruction"], "input": row["input"]}
-        rows.append(
-            kept | {"reference": row["output"], "answers": dict(zip(texts, answers, strict=True))}
+    rows, expected = build.data.rows("test"), references(run, "test")
+    kept = []
+    for example, reference, *answers in zip(
+        build.data.prompts("test"), expected, *texts.values(), strict=False
+    ):
+        row = rows[example.row]
+        kept.append(
+            {
+                "instruction": row.instruction,
+                "input": row.input,
+                "reference": reference[0],
+                "answers": dict(zip(texts, answers, strict=True)),
+            }
         )
-    write_rows(run.workdir / "evaluate" / "answers.jsonl", rows)
+    write_rows(run.workdir / "evaluate" / "answers.jsonl", kept)
     write_json(run.workdir / "evaluate" / "figures.json", figures)
     return {"tokens": 0, "updates": 0}

@@ -1,6 +1,6 @@
 """What a model scores: the loss of given answers, and divergences on answers of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -9,27 +9,43 @@ from minillm_jax.build import Model
 from minillm_jax.data.examples import Example
 from minillm_jax.evaluation import divergence
 from minillm_jax.evaluation.divergence import per_token, stack
+from minillm_jax.evaluation.rouge import mean_rouge_l
 from minillm_jax.rollout import Warp
 from minillm_jax.stages import Run
-from minillm_jax.stages.answers import respond
+from minillm_jax.stages.answers import answered, references, respond, texts_of
 
 SAMPLED = Warp()
+Scores = dict[str, float]
 
 
 def answer_loss(run: Run, examples: Sequence[Example], model: Model) -> float:
-    """NLL per token of the teacher's answers."""
+    """NLL per token of the answers of `examples`."""
     total = tokens = 0.0
-    for batch, real in run.build.ordered(examples):
+    for batch, real in run.build.data.ordered(examples):
         nll = divergence.answer_nll(model.config, model.params, batch, run.build.vocab)
         total += float(np.asarray(nll)[:real].sum())
         tokens += float(batch.response_mask[:real].sum())
     return total / max(tokens, 1)
 
 
-def sampled_reverse_kl(run: Run, model: Model) -> float:
-    """KL[q || p] per token on samples of the student for validation prompts, always one key."""
-    prompts = run.build.prompts("validation")
-    return per_token(measure(run, model, respond(run, model, prompts, SAMPLED, 0)), "reverse_kl")[0]
+def validation(run: Run, model: Model, wanted: Set[str], source: str = "") -> Scores:
+    """What `wanted` names, on the validation prompts: loss, rouge_l, reverse_kl.
+
+    The loss is that of the answers of `source`; Rouge-L (against them) and the reverse KL are of
+    answers that the model samples at temperature 1, always with one key.
+    """
+    scores: Scores = {}
+    if "loss" in wanted:
+        scores["loss"] = answer_loss(run, answered(run, "validation", source), model)
+    if wanted & {"rouge_l", "reverse_kl"}:
+        prompts = run.build.data.prompts("validation")
+        sampled = list(respond(run, model, prompts, SAMPLED, 0))
+        if "reverse_kl" in wanted:
+            scores["reverse_kl"] = per_token(measure(run, model, sampled), "reverse_kl")[0]
+        if "rouge_l" in wanted:
+            texts = texts_of(run, sampled)
+            scores["rouge_l"] = mean_rouge_l(texts, references(run, "validation", source))
+    return scores
 
 
 def measure(run: Run, model: Model, batches: Any) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
-"""The stages that train the student: resume or start, run the loop, keep the best student."""
+"""The stages that train a model: resume or start, run the loop, keep the best one."""
 
-import functools
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,14 @@ import jax
 from minillm_jax import modelfiles, trainer
 from minillm_jax.build import Model
 from minillm_jax.checkpoint import Checkpoints
+from minillm_jax.geometry import in_words
 from minillm_jax.methods import Method
 from minillm_jax.models import abstract_params, logical_axes
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.sharding import batch_sharding
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import answered
-from minillm_jax.stages.measures import answer_loss, sampled_reverse_kl
+from minillm_jax.stages.measures import Scores, validation
 from minillm_jax.train_state import abstract_state, init_state
 
 
@@ -30,18 +31,20 @@ def train(
     section: str,
     frozen: Any,
     batches: Any,
-    validate: Callable[[Model], float],
-    score: str,
+    validate: Callable[[Model], Scores],
     headline: str,
+    corpus: Any = None,
     seconds: float = float("inf"),
 ) -> Outcome:
-    """Train `start` and leave the student with the lowest validation `score` in `run.model(stage)`.
+    """Train `start` and leave the model that is best on the validation set in `run.model(stage)`.
 
-    Initialisation, in order: a checkpoint of this stage; else `start`.
+    Best by what the section's `keep` says, of the scores that `validate` returns. Initialisation,
+    in order: a checkpoint of this stage; else `start`.
     """
     build, folder = run.build, run.folder(stage)
     schedule = build.schedule(section)
     optimizer, _ = build.optimizer(section)
+    print(f"{stage}: {in_words(build, section)}", file=sys.stderr)
     axes = logical_axes(start.config)
     with jax.set_mesh(build.mesh):
         abstract = abstract_state(abstract_params(start.config), axes, optimizer, build.mesh)
@@ -60,7 +63,8 @@ def train(
             else:
                 state, best = init_state(start.params, optimizer, abstract), None
                 run.metrics.truncate_after(stage, -1)
-            progress = _Stage(run, stage, start, schedule, validate, score, checkpoints)
+            keep = f"valid_{build.config[section].keep}"
+            progress = _Stage(run, stage, start, schedule, validate, keep, checkpoints)
             progress.tokens, progress.best = tokens, best
             first = int(state.step)
             with Progress(stage, schedule.steps, headline=headline, start=first) as bar:
@@ -77,6 +81,7 @@ def train(
                     seed=build.seed,
                     rollout=rollout,
                     seconds=seconds,
+                    **({} if corpus is None else {"corpus": corpus}),
                 )
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     return outcome | {"skipped": int(state.skipped), "best": progress.best}
@@ -85,9 +90,9 @@ def train(
 class _Stage:
     """The hooks of one training stage, and the little that they remember."""
 
-    def __init__(self, run, stage, start, schedule, validate, score, checkpoints):
+    def __init__(self, run, stage, start, schedule, validate, keep, checkpoints):
         self.run, self.stage, self.start, self.schedule = run, stage, start, schedule
-        self.validate, self.score, self.checkpoints = validate, score, checkpoints
+        self.validate, self.keep, self.checkpoints = validate, keep, checkpoints
         self.tokens, self.best = 0, None
         self.bar: Progress | None = None
         self.began = time.monotonic()
@@ -100,14 +105,18 @@ class _Stage:
 
     def evaluate(self, step, state):
         model = Model(self.start.config, state.params, self.start.hf_config)
-        value = self.validate(model)
+        scores = {f"valid_{name}": value for name, value in self.validate(model).items()}
         seconds = time.monotonic() - self.began
-        self.run.metrics.write(self.stage, step, seconds, {self.score: value})
-        # The first student is kept whatever its score, so that there always is one.
-        best = math.inf if self.best is None else self.best[self.score]
-        if self.best is None or value < best or math.isnan(best):
-            self.best = {"step": step, self.score: value}
+        self.run.metrics.write(self.stage, step, seconds, scores)
+        # The first model is kept whatever its score, so that there always is one.
+        if self.best is None or self._better(scores[self.keep], self.best[self.keep]):
+            self.best = {"step": step, self.keep: scores[self.keep]}
             modelfiles.save_model(self.run.model(self.stage), model, self.run.build.tokenizer)
+
+    def _better(self, value, best):
+        if math.isnan(best):
+            return True
+        return value > best if self.keep == "valid_rouge_l" else value < best
 
     def save(self, step, state, rollout):
         extra = {"tokens": self.tokens, "best": self.best}
@@ -123,41 +132,87 @@ def _abstract_rollout(build, method, abstract, frozen, batches):
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows), shapes)
 
 
+def teacher_sft(run: Run) -> Outcome:
+    """Fine-tune the teacher on the answers of the data."""
+    return fine_tune(
+        run, "teacher_sft", run.build.untuned_teacher(), section="teacher_sft", source="data"
+    )
+
+
 def student_sft(run: Run) -> Outcome:
-    """Fine-tune the student on the teacher's answers; the lowest validation loss is kept."""
+    """Fine-tune the student on the answers of the teacher, or of the data."""
     return fine_tune(run, "student_sft", run.build.student())
 
 
-def fine_tune(run: Run, stage: str, start: Model, seconds: float = float("inf")) -> Outcome:
-    """SFT of `start` on the teacher's answers, as a stage of that name."""
+def fine_tune(
+    run: Run,
+    stage: str,
+    start: Model,
+    seconds: float = float("inf"),
+    *,
+    section: str = "sft",
+    source: str = "",
+) -> Outcome:
+    """SFT of `start` as that stage, on answers from `source` (empty: the experiment's)."""
     build = run.build
+    keep = build.config[section].keep
+    batch_size = build.config[section].batch_size
     return train(
         run,
         stage,
-        build.sft(),
+        build.sft(start.config, section),
         start,
-        section="sft",
+        section=section,
         frozen=None,
-        batches=build.batches(answered(run, "train"), build.config.sft.batch_size),
-        validate=functools.partial(answer_loss, run, answered(run, "validation")),
-        score="valid_loss",
+        batches=build.data.batches(answered(run, "train", source), batch_size),
+        validate=lambda model: validation(run, model, {"loss", keep}, source),
         headline="loss",
         seconds=seconds,
     )
 
 
 def distill(run: Run) -> Outcome:
-    """MiniLLM from the fine-tuned student; the lowest validation reverse KL is kept."""
+    """The experiment's method, into the student that it starts from."""
+    return minillm(run) if run.build.outline.method == "minillm" else on_given_answers(run)
+
+
+def minillm(run: Run) -> Outcome:
+    """MiniLLM from the fine-tuned student."""
     build = run.build
+    keep = build.config.distill.keep
     return train(
         run,
         "distill",
         build.minillm(),
-        build.student(run.model("student_sft")),
+        build.student(None if build.outline.fine_tuned_student else run.model("student_sft")),
         section="distill",
         frozen=build.teacher.params,
-        batches=build.batches(build.prompts("train"), build.config.distill.rollouts),
-        validate=functools.partial(sampled_reverse_kl, run),
-        score="valid_reverse_kl",
+        batches=build.data.batches(build.data.prompts("train"), build.config.distill.rollouts),
+        corpus=None,
+        validate=lambda model: validation(run, model, {"reverse_kl", keep}),
         headline="reverse_kl",
+    )
+
+
+def on_given_answers(run: Run) -> Outcome:
+    """KD and SeqKD from the student as it is before any training.
+
+    KD learns from the answers of the experiment, SeqKD from the teacher's. The teacher's
+    distribution takes part in the loss with the weight `kd_ratio`; without it SeqKD is SFT.
+    """
+    build = run.build
+    c = build.config.distill
+    source = "teacher" if build.outline.method == "seqkd" else ""
+    start = build.student()
+    blended = build.outline.method == "kd" or c.kd_ratio > 0
+    return train(
+        run,
+        "distill",
+        build.kd() if blended else build.sft(start.config, "distill"),
+        start,
+        section="distill",
+        frozen=build.teacher.params if blended else None,
+        batches=build.data.batches(answered(run, "train", source), c.batch_size),
+        validate=lambda model: validation(run, model, {"loss", c.keep}),
+        headline="loss",
     )

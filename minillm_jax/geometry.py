@@ -1,0 +1,49 @@
+"""The sizes of an experiment's batches, for people: what follows from settings and devices."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from minillm_jax.build import Builder
+from minillm_jax.dataset import SPLITS
+
+
+def geometry(build: Builder, names: Iterable[str]) -> dict[str, Any]:
+    """Sizes of the batches, for `--dry_run`: known without reading or fetching a model."""
+    c = build.config.data
+    rows = {split: build.data.count(split) for split in SPLITS}
+    found: dict[str, Any] = {
+        "prompts": rows,
+        "prompt_slots": c.max_prompt,
+        "response_slots": c.max_response,
+    }
+    for name in names:
+        section, known = build.section(name), rows["train"]
+        known = known if isinstance(known, int) else 0
+        s = build.schedule(name, known)
+        portions = {"batch": s.batch_size, "micro_batches": build.micro_batches(name)}
+        if section["epochs"]:
+            portions["epochs"] = section["epochs"]
+        updates = s.steps if known or not section["epochs"] else None
+        if s.rollouts:
+            found[name] = {
+                "rollouts": s.rollouts,
+                **portions,
+                "inner_epochs": s.inner_epochs,
+                "updates_per_collection": s.updates_per_round,
+                "collections": -(-s.steps // s.updates_per_round),
+                "updates": updates,
+            }
+        else:
+            found[name] = portions | {"updates": updates}
+    return found
+
+
+def in_words(build: Builder, name: str) -> str:
+    """The batches of one stage in a line, for its start."""
+    s, parts = build.schedule(name), build.micro_batches(name)
+    rows = s.batch_size // build.ways // parts
+    line = f"{s.steps} updates of {s.batch_size} rows = {build.ways} x {rows} x {parts} "
+    line += "(devices x rows at once x micro-batches)"
+    if s.rollouts:
+        line += f", {s.updates_per_round} per collection of {s.rollouts}"
+    return line

@@ -1,0 +1,107 @@
+"""What the numbers of a training section mean: updates, micro-batches, rates, the estimator.
+
+Functions of a part of the config that `build` hands over; nothing here knows models or data.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optax
+
+from minillm_jax import optim
+from minillm_jax.objectives.policy import PRESETS, Policy
+from minillm_jax.trainer import Schedule
+from minillm_jax.types import InputError
+
+_SWITCHES = (
+    "gamma", "reward_scaling", "reward_clip", "cliprange", "length_norm", "whiten", "single_step"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What decides which stages an experiment has.
+
+    `tunes_teacher` and `fine_tuned_*`: a stage that is wanted, and a model that replaces it.
+    """
+
+    method: str
+    answers: str  # teacher or data: who wrote what SFT and KD learn from
+    tunes_teacher: bool
+    fine_tuned_teacher: str
+    fine_tuned_student: str
+    student_of_teacher: bool  # made of the teacher's layers
+
+
+def outline(config: Any) -> Outline:
+    """The outline of an experiment, from its whole config."""
+    return Outline(
+        method=config.method,
+        answers=config.answers.source,
+        tunes_teacher=config.teacher_sft.steps > 0 or config.teacher_sft.epochs > 0,
+        fine_tuned_teacher=config.teacher.fine_tuned,
+        fine_tuned_student=config.student.fine_tuned,
+        student_of_teacher=not config.student.path,
+    )
+
+
+def schedule(section: Mapping[str, Any], examples: int, *, on_policy: bool = False) -> Schedule:
+    """Sizes and intervals of a stage that has `examples` to learn from.
+
+    `epochs` passes are epochs * floor(examples / batch_size) updates, as where the last part of a
+    batch is left out; a stage has one update at least.
+    """
+    epoch = max(examples // section["batch_size"], 1)
+    epochs = section["epochs"]
+    steps = max(round(epochs * epoch), 1) if epochs else section["steps"]
+    evaluate_every = section["evaluate_every"] or (min(epoch, steps) if epochs else steps)
+    collected = ("rollouts", "inner_epochs") if on_policy else ()
+    return Schedule(
+        steps=steps,
+        batch_size=section["batch_size"],
+        evaluate_every=evaluate_every,
+        save_every=section["save_every"] or evaluate_every,
+        **{name: section[name] for name in collected},
+    )
+
+
+def micro_batches(batch_size: int, most: int, ways: int) -> int:
+    """The fewest equal micro-batches of which a device has at most `most` rows (0: no bound).
+
+    Raises:
+        InputError: `batch_size` rows do not split over `ways` devices.
+    """
+    if batch_size % ways:
+        raise InputError(
+            f"batch_size={batch_size} does not split over {ways} devices: "
+            f"make it a multiple of {ways}"
+        )
+    rows = batch_size // ways
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= (most or rows))
+
+
+def optimizer(
+    section: Mapping[str, Any], steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW of a stage and its learning rate by update."""
+    rate = optim.schedule(
+        section["schedule"], section["learning_rate"], warmup=section["warmup"], steps=steps
+    )
+    decay = {"weight_decay": section["weight_decay"], "decay_mask": optim.matrices}
+    return optim.adamw(rate, b2=section["b2"], clip_norm=section["clip_norm"], **decay), rate
+
+
+def policy(section: Mapping[str, Any]) -> Policy:
+    """The estimator's preset, with the switches that the section sets.
+
+    Raises:
+        InputError: no such preset, or a switch out of its range.
+    """
+    given = {name: section[name] for name in _SWITCHES if section[name] is not None}
+    for name in ("reward_clip", "cliprange"):
+        if given.get(name) == 0:
+            given[name] = None
+    if section["estimator"] not in PRESETS:
+        raise InputError(f"estimator={section['estimator']!r}: choose from {', '.join(PRESETS)}")
+    return replace(PRESETS[section["estimator"]], **given)

@@ -36,13 +36,17 @@ def method(
 ) -> Method:
     """MiniLLM with `frozen` the teacher's parameters."""
 
+    def loss(score: vocab.Scores, targets: Any, mask: jax.Array) -> jax.Array:
+        return policy_lib.losses(policy, score["log_q"], score["reverse_kl"], targets, mask)["loss"]
+
     def loss_sums(params: Params, frozen: Params, batch: tuple[Rollout, Any]):
         rollout, targets = batch
         mask = rollout.response_mask
         hidden = response_states(student, params, rollout, dtype=dtype)
         q_head, p_head = head(student, params), head(teacher, frozen)
         with jax.named_scope("vocabulary"):
-            score = vocab.scores(
+            summed, score = vocab.loss_sum(
+                loss,
                 hidden,
                 q_head.weight,
                 q_head.bias,
@@ -50,11 +54,13 @@ def method(
                 p_head.weight,
                 p_head.bias,
                 rollout.response,
-                mask=mask,
+                mask,
+                targets,
                 vocab_size=mixing.vocab,
             )
+        # The same values again, a few numbers per token, for the log.
         values = policy_lib.losses(policy, score["log_q"], score["reverse_kl"], targets, mask)
-        values["entropy"] = jax.lax.stop_gradient(score["entropy"])
+        values["entropy"] = score["entropy"]
         pairs = {
             name: reduce.total(values[key], mask)
             for name, key in (
@@ -65,7 +71,8 @@ def method(
                 ("entropy", "entropy"),
             )
         }
-        pairs["loss"] = reduce.total(values["loss"], mask, policy.reduction)
+        counted = reduce.total(values["loss"], mask, policy.reduction)
+        pairs["loss"] = reduce.Pair(summed, counted.count)
         return pairs
 
     def update(state: TrainState, frozen: Params, batch: Rollout):

@@ -29,6 +29,12 @@ class Batches(Protocol):
     def __getitem__(self, index: int) -> Sequences: ...
 
 
+class Blocks(Protocol):
+    """Random access to blocks of plain text [B, T], for methods with a corpus loss."""
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How many updates, of what size, and how often to look.
@@ -79,6 +85,7 @@ def fit(
     hooks: Hooks,
     *,
     seed: int,
+    corpus: Blocks | None = None,
     rollout: Any = None,
     seconds: float = float("inf"),
 ) -> TrainState:
@@ -87,6 +94,7 @@ def fit(
     Args:
         frozen: what the method reads and never changes, such as the teacher.
         batches: by update for methods that read, by collection for those that collect.
+        corpus: by update; its blocks go to the method beside the batch, as (batch, blocks).
         rollout: the collection in use when the checkpoint was made, if there was one.
 
     Raises:
@@ -113,6 +121,10 @@ def fit(
             rows = schedule.rows(step, seed)
             batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], rollout)
             tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+        if corpus is not None:
+            text = corpus[step]
+            tokens += text.size
+            batch = batch, text
         state, metrics = method.update(state, frozen, batch)
         step += 1
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -1,5 +1,6 @@
 """The loop: what a step reads, who is called when, and runs that stop and go on, bit for bit."""
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -52,6 +53,7 @@ class Recorder:
 
     def __init__(self, skipped=()):
         self.skipped, self.rows, self.collected = skipped, [], []
+        self.blocks = []
         self.logged, self.evaluated, self.saved = [], [], []
         self.hooks = Hooks(self.log, self.evaluate, self.save)
 
@@ -61,6 +63,9 @@ class Recorder:
 
     def update(self, state, frozen, batch):
         assert frozen == "teacher"
+        if isinstance(batch, tuple):
+            batch, text = batch
+            self.blocks.append(text.tolist())
         self.rows.append(np.asarray(batch.response)[:, 0].tolist())
         skip = int(int(state.step) in self.skipped)
         in_a_row = (state.consecutive_skipped + 1) * skip
@@ -113,6 +118,24 @@ def test_method_that_collects_reads_its_collection_until_it_is_used_up():
     assert seen.saved == [(step, step % 4 != 0) for step in range(1, 9)]
     with_collection = [step for step, values in seen.logged if "collect_seconds" in values]
     assert with_collection == [1, 5, 9]
+
+
+class Corpus:
+    def __getitem__(self, index):
+        return np.full((2, 3), index, np.int32)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_blocks_of_the_corpus_follow_from_the_step(collects):
+    """After a restart, too."""
+    straight, first, second = Recorder(), Recorder(), Recorder()
+    straight.fit(SCHEDULE, collects=collects, corpus=Corpus())
+    assert straight.blocks == [np.full((2, 3), step).tolist() for step in range(9)]
+    assert all(values["tokens"] == (4 if collects else 8) + 6 for _, values in straight.logged)
+    first.fit(dataclasses.replace(SCHEDULE, steps=4), collects=collects, corpus=Corpus())
+    second.fit(SCHEDULE, collects=collects, corpus=Corpus(), step=4)
+    assert first.blocks + second.blocks == straight.blocks
+    assert first.rows + second.rows == straight.rows
 
 
 def test_too_many_skipped_updates_in_a_row_end_the_run():

@@ -47,3 +47,15 @@ def gradients(
         (grads, pairs), _ = jax.lax.scan(step, zeros, micro)
     count = jnp.maximum(pairs["loss"].count, 1)
     return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), mean(pairs)
+
+
+def dropout_keys(seed: int | None, step: jax.Array, micro_batches: int) -> jax.Array | None:
+    """One key per micro-batch [micro_batches]: fold_in(fold_in(key(seed), step), i); None if off.
+
+    They go into the batch of `gradients`, which hands each micro-batch its own. The keys follow
+    from the number of the update, so a run that starts again has the same dropout.
+    """
+    if seed is None:
+        return None
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(micro_batches))

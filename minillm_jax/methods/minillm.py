@@ -5,6 +5,7 @@
 2. `update` makes rewards, weights and advantages of its whole batch once (`objectives.policy`),
    then one forward pass of the student per micro-batch: the exact KL over the vocabulary comes
    from the stored teacher states and the teacher's head, so no teacher trunk runs here.
+3. With a corpus, `update` also reads blocks of plain text and adds their loss (`methods.corpus`).
 """
 
 from typing import Any
@@ -13,12 +14,14 @@ import jax
 import optax
 
 from minillm_jax.methods import Method
+from minillm_jax.methods import corpus as corpus_lib
 from minillm_jax.methods.accumulate import gradients
+from minillm_jax.methods.corpus import CorpusLoss
 from minillm_jax.models import DecoderConfig, head
 from minillm_jax.objectives import policy as policy_lib
 from minillm_jax.objectives import reduce, vocab
 from minillm_jax.objectives.policy import Policy
-from minillm_jax.rollout import Mixing, Rollout, collect, response_states
+from minillm_jax.rollout import Mixing, collect, response_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Params, Sequences
 
@@ -33,16 +36,25 @@ def method(
     mixing: Mixing,
     micro_batches: int = 1,
     dtype: str = "float32",
+    corpus: CorpusLoss | None = None,
 ) -> Method:
-    """MiniLLM with `frozen` the teacher's parameters."""
+    """MiniLLM with `frozen` the teacher's parameters.
 
-    def loss_sums(params: Params, frozen: Params, batch: tuple[Rollout, Any]):
-        rollout, targets = batch
+    With `corpus`, the batch of an update is (rollout, tokens [B', T]), B' a multiple of
+    `micro_batches`; it needs not be that of the rollout.
+    """
+
+    def loss(score: vocab.Scores, targets: Any, mask: jax.Array) -> jax.Array:
+        return policy_lib.losses(policy, score["log_q"], score["reverse_kl"], targets, mask)["loss"]
+
+    def loss_sums(params: Params, frozen: Params, batch: Any, share: Any):
+        rollout, targets, text = batch
         mask = rollout.response_mask
         hidden = response_states(student, params, rollout, dtype=dtype)
         q_head, p_head = head(student, params), head(teacher, frozen)
         with jax.named_scope("vocabulary"):
-            score = vocab.scores(
+            summed, score = vocab.loss_sum(
+                loss,
                 hidden,
                 q_head.weight,
                 q_head.bias,
@@ -50,11 +62,13 @@ def method(
                 p_head.weight,
                 p_head.bias,
                 rollout.response,
-                mask=mask,
+                mask,
+                targets,
                 vocab_size=mixing.vocab,
             )
+        # The same values again, a few numbers per token, for the log.
         values = policy_lib.losses(policy, score["log_q"], score["reverse_kl"], targets, mask)
-        values["entropy"] = jax.lax.stop_gradient(score["entropy"])
+        values["entropy"] = score["entropy"]
         pairs = {
             name: reduce.total(values[key], mask)
             for name, key in (
@@ -65,16 +79,27 @@ def method(
                 ("entropy", "entropy"),
             )
         }
-        pairs["loss"] = reduce.total(values["loss"], mask, policy.reduction)
+        counted = reduce.total(values["loss"], mask, policy.reduction)
+        pairs["loss"] = reduce.Pair(summed, counted.count)
+        if corpus:
+            with jax.named_scope("corpus"):
+                models = student, teacher, params, frozen
+                size = mixing.vocab
+                found = corpus_lib.sums(corpus, *models, text, size=size, dtype=dtype)
+            summed += corpus.coefficient * share * found.sum
+            pairs |= {"loss": reduce.Pair(summed, counted.count), "corpus_loss": found}
         return pairs
 
-    def update(state: TrainState, frozen: Params, batch: Rollout):
-        mask = batch.response_mask
-        targets = policy_lib.prepare(policy, batch.log_p, batch.log_q, batch.log_mix, mask)
+    def update(state: TrainState, frozen: Params, batch: Any):
+        rollout, text = batch if corpus else (batch, None)
+        mask = rollout.response_mask
+        count = reduce.total(rollout.log_q, mask, policy.reduction).count
+        share = corpus_lib.share(text, count) if corpus else None
+        targets = policy_lib.prepare(policy, rollout.log_p, rollout.log_q, rollout.log_mix, mask)
         grads, metrics = gradients(
-            lambda params, micro: loss_sums(params, frozen, micro),
+            lambda params, micro: loss_sums(params, frozen, micro, share),
             state.params,
-            (batch, targets),
+            (rollout, targets, text),
             micro_batches,
         )
         metrics |= {

@@ -3,25 +3,18 @@
 No teacher at training time: on the teacher's own answers this is SeqKD (Kim & Rush 2016).
 """
 
+from typing import Any
+
 import jax
 import optax
 
-from minillm_jax.methods import Method
-from minillm_jax.methods.accumulate import gradients
-from minillm_jax.models import DecoderConfig, head, logits
-from minillm_jax.objectives import reduce, token
+from minillm_jax.methods import Method, cross_entropy
+from minillm_jax.methods.accumulate import dropout_keys, gradients
+from minillm_jax.models import DecoderConfig
+from minillm_jax.objectives import reduce
 from minillm_jax.rollout import response_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Params, Sequences
-
-
-def negative_log_likelihood(
-    config: DecoderConfig, params: Params, batch: Sequences, *, vocab: int, dtype: str
-) -> jax.Array:
-    """-log q(y_t) [B, N] of the responses, over the first `vocab` ids; arbitrary in padding."""
-    hidden = response_states(config, params, batch, dtype=dtype)
-    scores = logits(head(config, params), hidden)[..., :vocab]
-    return token.cross_entropy(scores, batch.response)
 
 
 def method(
@@ -32,15 +25,26 @@ def method(
     vocab: int,
     micro_batches: int = 1,
     dtype: str = "float32",
+    dropout_seed: int | None = None,
 ) -> Method:
-    """SFT of a student; `frozen` is not used."""
+    """SFT of a student over its first `vocab` ids; `frozen` is not used.
 
-    def loss_sums(params: Params, batch: Sequences) -> dict[str, reduce.Pair]:
-        nll = negative_log_likelihood(config, params, batch, vocab=vocab, dtype=dtype)
-        return {"loss": reduce.total(nll, batch.response_mask)}
+    Args:
+        dtype: of the arithmetic.
+        dropout_seed: train with the model's dropout, its keys from this seed; None: without.
+    """
+
+    def loss_sums(params: Params, batch: Any) -> dict[str, reduce.Pair]:
+        given, keys = batch
+        key = None if keys is None else keys[0]
+        hidden = response_states(config, params, given, dtype=dtype, dropout_key=key)
+        labels, mask = given.response, given.response_mask
+        found = cross_entropy.sums(config, params, hidden, labels, mask, size=vocab)
+        return {"loss": found["loss"]}
 
     def update(state: TrainState, frozen: None, batch: Sequences):
-        grads, metrics = gradients(loss_sums, state.params, batch, micro_batches)
+        keys = dropout_keys(dropout_seed, state.step, micro_batches)
+        grads, metrics = gradients(loss_sums, state.params, (batch, keys), micro_batches)
         rate = learning_rate(state.step - state.skipped)
         state, more = state.apply_gradients(optimizer, grads, metrics["loss"])
         return state, metrics | more | {"learning_rate": rate}

@@ -2,7 +2,7 @@
 
 `scores` returns per-token values and recomputes the logits of a block in its backward sweep.
 `loss_sum` takes the loss as a function of those values, so the gradient is formed while the logits
-of the block are at hand: four products with the heads instead of six.
+of the block are at hand: four products with the heads instead of six. Both go without a teacher.
 
 A block spans all rows and a few positions, so a batch sharded over rows, and heads over V, stay so.
 """
@@ -27,8 +27,8 @@ def scores(
     hidden_q: Array,  # [B, N, Dq]
     weight_q: Array,  # [V, Dq]
     bias_q: Array | None,  # [V]
-    hidden_p: Array,  # [B, N, Dp]
-    weight_p: Array,  # [V, Dp]
+    hidden_p: Array | None,  # [B, N, Dp]
+    weight_p: Array | None,  # [V, Dp]
     bias_p: Array | None,  # [V]
     labels: Array,  # [B, N]
     mask: Array,  # [B, N]
@@ -37,7 +37,8 @@ def scores(
     block: int = 256,
 ) -> Scores:
     """Per-token [B, N] values of z = h W^T + b: "log_q" and "log_p" of the labels, "reverse_kl"
-    KL[q || p], "forward_kl" KL[p || q], "entropy" of q and "teacher_entropy" of p.
+    KL[q || p], "forward_kl" KL[p || q], "entropy" of q and "teacher_entropy" of p. With None for
+    all three of the teacher: "log_q" alone.
 
     Equal to `token` on the full logits, in float32 (float64 for such hidden states); 0 in padding,
     whatever the hidden states hold there. Gradient to `hidden_q`, `weight_q`, `bias_q`; none to p.
@@ -47,8 +48,9 @@ def scores(
         block: tokens, over all rows, whose logits exist at a time.
     """
     cut = _Blocks(labels, block)
-    student = cut.model(hidden_q, weight_q, bias_q, mask, _size(weight_q, weight_p, vocab_size))
-    teacher = cut.model(hidden_p, weight_p, bias_p, mask, _size(weight_q, weight_p, vocab_size))
+    size = _size(weight_q, weight_p, vocab_size)
+    student = cut.model(hidden_q, weight_q, bias_q, mask, size)
+    teacher = cut.teacher(hidden_p, weight_p, bias_p, mask, size)
     out = _scores(student, lax.stop_gradient(teacher), cut.split(keep(labels, mask)))
     return {name: keep(cut.join(value), mask) for name, value in out.items()}
 
@@ -58,8 +60,8 @@ def loss_sum(
     hidden_q: Array,  # [B, N, Dq]
     weight_q: Array,  # [V, Dq]
     bias_q: Array | None,  # [V]
-    hidden_p: Array,  # [B, N, Dp]
-    weight_p: Array,  # [V, Dp]
+    hidden_p: Array | None,  # [B, N, Dp]
+    weight_p: Array | None,  # [V, Dp]
     bias_p: Array | None,  # [V]
     labels: Array,  # [B, N]
     mask: Array,  # [B, N]
@@ -82,11 +84,22 @@ def loss_sum(
     cut = _Blocks(labels, block)
     size = _size(weight_q, weight_p, vocab_size)
     student = cut.model(hidden_q, weight_q, bias_q, mask, size)
-    teacher = cut.model(hidden_p, weight_p, bias_p, mask, size)
+    teacher = cut.teacher(hidden_p, weight_p, bias_p, mask, size)
     fixed = jax.tree.map(cut.split, (keep(labels, mask), mask.astype(bool), extras))
     result: Any = _loss_sum(loss, student, *lax.stop_gradient((teacher, fixed)))
     value, out = result
     return value, {name: keep(cut.join(x), mask) for name, x in lax.stop_gradient(out).items()}
+
+
+def mixed_cross_entropy(scores: Scores, kd_ratio: float) -> jax.Array:
+    """(1 - k) (-log q(y)) + k (-sum_v p_v log q_v) of `scores`: `token.corpus` in blocks.
+
+    -sum p log q = KL[p || q] + H[p]. With k = 0 the scores need no teacher.
+    """
+    if kd_ratio == 0:
+        return -scores["log_q"]
+    soft = scores["forward_kl"] + scores["teacher_entropy"]
+    return kd_ratio * soft - (1 - kd_ratio) * scores["log_q"]
 
 
 class _Blocks:
@@ -115,12 +128,26 @@ class _Blocks:
         bias = None if bias is None else bias[:size]
         return self.split(keep(hidden, mask)), weight[:size].astype(hidden.dtype), bias
 
+    def teacher(self, hidden, weight, bias, mask, size: int) -> Model | None:
+        return None if hidden is None else self.model(hidden, weight, bias, mask, size)
 
-def _size(weight_q: Array, weight_p: Array, vocab_size: int | None) -> int:
-    shared = min(weight_q.shape[0], weight_p.shape[0])
+
+def _size(weight_q: Array, weight_p: Array | None, vocab_size: int | None) -> int:
+    shared = min(len(w) for w in (weight_q, weight_p) if w is not None)
     if vocab_size is not None and not 0 < vocab_size <= shared:
         raise ValueError(f"vocab_size={vocab_size}, but the heads have {shared} ids in common")
     return vocab_size or shared
+
+
+def _both(x: Any, student: Model, teacher: Model | None) -> tuple[jax.Array, jax.Array | None]:
+    """Logits of q and p, or None, from the hidden states of a block."""
+    hidden_q, hidden_p = x
+    z_q = _logits(hidden_q, *student[1:])
+    return z_q, None if teacher is None else _logits(hidden_p, *teacher[1:])
+
+
+def _hidden(student: Model, teacher: Model | None) -> tuple[jax.Array, jax.Array | None]:
+    return student[0], None if teacher is None else teacher[0]
 
 
 def _logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:  # [R, V]
@@ -138,17 +165,24 @@ def _sum(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.sum(x, axis=1))
 
 
-def _block(z_q: jax.Array, z_p: jax.Array, labels: jax.Array) -> tuple[Scores, Scores]:
+def _block(z_q: jax.Array, z_p: jax.Array | None, labels: jax.Array) -> tuple[Scores, Scores]:
     """The scores [R] of logits [R, V], and the log-normalisers of q and p."""
-    top_q, top_p = z_q.max(1, keepdims=True), z_p.max(1, keepdims=True)
-    z_q, z_p = z_q - top_q, z_p - top_p
-    e_q, e_p, gap = jnp.exp(z_q), jnp.exp(z_p), z_q - z_p
-    sum_q, sum_p = _sum(e_q), _sum(e_p)
-    log_sum_q, log_sum_p = jnp.log(sum_q), jnp.log(sum_p)
 
     def chosen(z):
         return jnp.take_along_axis(z, labels[:, None], axis=1)[:, 0]
 
+    top_q = z_q.max(1, keepdims=True)
+    z_q = z_q - top_q
+    e_q = jnp.exp(z_q)
+    sum_q = _sum(e_q)
+    log_sum_q = jnp.log(sum_q)
+    if z_p is None:
+        return {"log_q": chosen(z_q) - log_sum_q}, {"q": top_q[:, 0] + log_sum_q}
+    top_p = z_p.max(1, keepdims=True)
+    z_p = z_p - top_p
+    e_p, gap = jnp.exp(z_p), z_q - z_p
+    sum_p = _sum(e_p)
+    log_sum_p = jnp.log(sum_p)
     out = {
         "log_q": chosen(z_q) - log_sum_q,
         "log_p": chosen(z_p) - log_sum_p,
@@ -161,19 +195,22 @@ def _block(z_q: jax.Array, z_p: jax.Array, labels: jax.Array) -> tuple[Scores, S
 
 
 def _grad_logits(
-    z_q: jax.Array, z_p: jax.Array, labels: jax.Array, out: Scores, norm: Scores, bar: Scores
+    z_q: jax.Array, z_p: jax.Array | None, labels: jax.Array, out: Scores, norm: Scores, bar: Scores
 ) -> jax.Array:
     """d/dz_q [R, V] of sum_k bar_k out_k, with g = log q - log p and H the entropy of q:
 
     q_v [rkl (g_v - KL) - ent (log q_v + H) + fkl - log_q] - fkl p_v + log_q [v = label]
     """
     col = {name: x[:, None] for name, x in bar.items()}
-    log_q, log_p = z_q - norm["q"][:, None], z_p - norm["p"][:, None]
+    log_q = z_q - norm["q"][:, None]
+    here = labels[:, None] == lax.broadcasted_iota(jnp.int32, (1, z_q.shape[1]), 1)
+    if z_p is None:
+        return jnp.where(here, col["log_q"], 0) - col["log_q"] * jnp.exp(log_q)
+    log_p = z_p - norm["p"][:, None]
     shift = bar["forward_kl"] - bar["log_q"] - bar["reverse_kl"] * out["reverse_kl"]
     shift = (shift - bar["entropy"] * out["entropy"])[:, None]
     grad = col["reverse_kl"] * (log_q - log_p) - col["entropy"] * log_q + shift
     grad = jnp.exp(log_q) * grad - col["forward_kl"] * jnp.exp(log_p)
-    here = labels[:, None] == lax.broadcasted_iota(jnp.int32, (1, z_q.shape[1]), 1)
     return grad + jnp.where(here, col["log_q"], 0)
 
 
@@ -210,16 +247,16 @@ def _like(student: Model, grad_hidden: jax.Array, carry: tuple, scale: jax.Array
 
 
 @jax.custom_vjp
-def _scores(student: Model, teacher: Model, labels: jax.Array) -> Scores:
+def _scores(student: Model, teacher: Model | None, labels: jax.Array) -> Scores:
     return _scores_fwd(student, teacher, labels)[0]
 
 
 def _scores_fwd(student, teacher, labels):
     def step(_, x):
-        hidden_q, hidden_p, label = x
-        return None, _block(_logits(hidden_q, *student[1:]), _logits(hidden_p, *teacher[1:]), label)
+        hidden, label = x
+        return None, _block(*_both(hidden, student, teacher), label)
 
-    _, (out, norm) = lax.scan(step, None, (student[0], teacher[0], labels))
+    _, (out, norm) = lax.scan(step, None, (_hidden(student, teacher), labels))
     return out, (student, teacher, labels, out, norm)
 
 
@@ -227,11 +264,11 @@ def _scores_bwd(residuals, bar):
     student, teacher, *rest = residuals
 
     def step(carry, x):
-        hidden_q, hidden_p, *rest = x
-        z_q, z_p = _logits(hidden_q, *student[1:]), _logits(hidden_p, *teacher[1:])
-        return _grad_head(_grad_logits(z_q, z_p, *rest), hidden_q, student, carry)
+        hidden, *rest = x
+        z_q, z_p = _both(hidden, student, teacher)
+        return _grad_head(_grad_logits(z_q, z_p, *rest), hidden[0], student, carry)
 
-    carry, grad_hidden = lax.scan(step, _zeros(student), (student[0], teacher[0], *rest, bar))
+    carry, grad_hidden = lax.scan(step, _zeros(student), (_hidden(student, teacher), *rest, bar))
     return _like(student, grad_hidden, carry, 1), None, None
 
 
@@ -239,7 +276,7 @@ _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(loss, student: Model, teacher: Model, fixed: Any) -> tuple[jax.Array, Scores]:
+def _loss_sum(loss, student: Model, teacher: Model | None, fixed: Any) -> tuple[jax.Array, Scores]:
     labels, mask, extras = fixed
     out = _scores(student, teacher, labels)
     return total(loss(out, extras, mask), mask).sum, out
@@ -247,8 +284,8 @@ def _loss_sum(loss, student: Model, teacher: Model, fixed: Any) -> tuple[jax.Arr
 
 def _loss_sum_fwd(loss, student, teacher, fixed):
     def step(carry, x):
-        hidden_q, hidden_p, (labels, mask, extras) = x
-        z_q, z_p = _logits(hidden_q, *student[1:]), _logits(hidden_p, *teacher[1:])
+        hidden, (labels, mask, extras) = x
+        z_q, z_p = _both(hidden, student, teacher)
         out, norm = _block(z_q, z_p, labels)
 
         def summed(out):
@@ -257,11 +294,11 @@ def _loss_sum_fwd(loss, student, teacher, fixed):
 
         value, bar = jax.value_and_grad(summed)(out)
         grad = _grad_logits(z_q, z_p, labels, out, norm, bar)
-        carry, grad_hidden = _grad_head(grad, hidden_q, student, carry)
+        carry, grad_hidden = _grad_head(grad, hidden[0], student, carry)
         return carry, (value, out, grad_hidden)
 
     carry, (value, out, grad_hidden) = lax.scan(
-        step, _zeros(student), (student[0], teacher[0], fixed)
+        step, _zeros(student), (_hidden(student, teacher), fixed)
     )
     return (value.sum(), out), (student[1:], grad_hidden, carry)
 

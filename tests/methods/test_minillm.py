@@ -19,6 +19,7 @@ from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.rollout import Mixing, Rollout, collect, response_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Sequences
+from tests.methods.array_sizes import shapes
 from tests.toy_models import prompts, toy
 
 ATOL = 1e-6
@@ -182,16 +183,6 @@ def test_what_is_not_finite_is_skipped(place):
     assert not any(x.any() for x in jax.tree.leaves(state.opt_state[0]))
 
 
-def sizes(jaxpr):
-    """Shapes of everything computed in `jaxpr`, inner ones included."""
-    for equation in jaxpr.eqns:
-        yield from (out.aval.shape for out in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
-
-
 def test_no_scores_of_a_batch_over_the_vocabulary_exist():
     """Only heads and embeddings have a vocabulary axis at the boundary; inside, no [B, N, V]."""
     vocab, rows, slots = 97, 8, 80
@@ -211,7 +202,7 @@ def test_no_scores_of_a_batch_over_the_vocabulary_exist():
     with_vocab = {jax.tree_util.keystr(path[-2:]) for path, x in boundary if vocab in x.shape}
     assert with_vocab == {"['embed']['tokens']", "['head']['weight']"}
     assert all(x.shape[0] == vocab for _, x in boundary if vocab in x.shape)
-    inside = list(sizes(jax.make_jaxpr(made.update)(state, p, found).jaxpr))
+    inside = list(shapes(jax.make_jaxpr(made.update)(state, p, found).jaxpr))
     over_vocab = [np.prod(shape) / vocab for shape in inside if vocab in shape]
     assert len(over_vocab) > 20  # the walk gets to the blocks
     assert max(over_vocab) < rows * slots

@@ -244,3 +244,37 @@ def test_no_array_of_the_whole_vocabulary_persists(entry):
     compiled = jax.jit(jax.grad(run, argnums=(0, 1))).lower(*args).compile()
     used = compiled.memory_analysis()
     assert used is not None and used.temp_size_in_bytes < rows * positions * size * 4 / 2
+
+
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
+def test_mixed_cross_entropy_is_that_of_the_full_logits(kd_ratio):
+    """With a teacher, and for a share of 0 without one: values and gradients of `token.corpus`."""
+    with jax.enable_x64(True):
+        args = inputs(dtype=np.float64)
+        teacher = args[3:6] if kd_ratio else (None, None, None)
+        weight = jnp.asarray(WEIGHT, jnp.float64)
+
+        def loss(scores, weight, mask):
+            return weight * vocab.mixed_cross_entropy(scores, kd_ratio)
+
+        def blocks(*q):
+            return vocab.loss_sum(loss, *q, *teacher, *args[6:], weight, block=8)[0]
+
+        def recomputed(*q):
+            scores = vocab.scores(*q, *teacher, *args[6:], block=8)
+            return jnp.sum(jnp.where(MASK, loss(scores, weight, MASK), 0))
+
+        def logits(hidden, weight, bias):
+            return jnp.einsum("bnd,vd->bnv", hidden, weight) + bias[None, None]
+
+        def full(*q):
+            values = token.corpus(logits(*q), logits(*args[3:6]), args[6], kd_ratio)
+            return reduce.total(weight * values, MASK).sum
+
+        want = jax.jit(jax.value_and_grad(full, (0, 1, 2)))(*args[:3])
+        for found in (blocks, recomputed):
+            got = jax.jit(jax.value_and_grad(found, (0, 1, 2)))(*args[:3])
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-11)
+        if not kd_ratio:
+            assert set(vocab.scores(*args[:3], *teacher, *args[6:])) == {"log_q"}

@@ -26,6 +26,8 @@ def base() -> ml_collections.ConfigDict:
     config.teacher.sha256 = ""  # of the GGUF inside a pip: package; empty: not checked
     config.teacher.fine_tuned = ""  # a teacher that is fine-tuned already: no stage teacher_sft
 
+    config.teacher.dtype = "float32"  # of its parameters and arithmetic as a teacher
+
     config.student = ml_collections.ConfigDict()
     config.student.path = ""  # empty: made of the teacher's own layers
     config.student.fine_tuned = ""  # a student to start MiniLLM from: no stage student_sft

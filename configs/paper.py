@@ -77,7 +77,7 @@ def pair(
     config.seed = 10  # the reference's for training
     config.dropout = True  # GPT-2 and OPT have 0.1, the others 0: in SFT and KD, not in MiniLLM
     config.teacher.path, config.student.path = teacher.path, student.path
-    config.student.dtype = "bfloat16"  # the reference: fp16
+    config.teacher.dtype = config.student.dtype = "bfloat16"  # the reference: fp16
 
     # The paper's split by `data.sources.paper_split`: 1,000 rows to choose models by, 500 to test.
     config.data.train = config.data.validation = config.data.test = DOLLY
@@ -152,7 +152,7 @@ def tiny(config: Any, teacher: str, student: str) -> None:
     config.teacher.path, config.student.path = f"scratch:{teacher}-2x64", f"scratch:{student}-2x32"
     config.teacher.sha256 = config.teacher.fine_tuned = config.student.fine_tuned = ""
     config.student.keep_layers = ()
-    config.student.dtype = "float32"
+    config.teacher.dtype = config.student.dtype = "float32"
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
     data, text = shared() / "data" / "dolly", shared() / "data" / "text"
     real = (data / "train.jsonl.gz").is_file()

@@ -6,7 +6,7 @@ sections and for data. Below these files there are frozen dataclasses and keywor
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from minillm_jax import recipe, scratch
 from minillm_jax.check import check
 from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from minillm_jax.dataset import SPLITS, Data
-from minillm_jax.methods import Method, minillm, sft
-from minillm_jax.models import DecoderConfig, logical_axes
+from minillm_jax.methods import Method, kd, minillm, sft
+from minillm_jax.methods.corpus import CorpusLoss
+from minillm_jax.models import DecoderConfig, abstract_params, logical_axes
 from minillm_jax.models.fetch import resolve
-from minillm_jax.models.hf import load
-from minillm_jax.models.weights import Checkpoint, keep_layers
+from minillm_jax.models.hf import Stored, open_model
+from minillm_jax.models.placing import take_layers
 from minillm_jax.rollout import Mixing, Warp
-from minillm_jax.sharding import make_mesh, place, tree_shardings
+from minillm_jax.sharding import make_mesh, tree_shardings
 from minillm_jax.trainer import Schedule
 from minillm_jax.types import InputError, Params
 
@@ -106,58 +107,55 @@ class Builder:
         return resolve(spec, c.sha256) if who == "teacher" and not c.fine_tuned else resolve(spec)
 
     @property
-    def teacher_checkpoint(self) -> Checkpoint:
-        """The teacher on the host; without its parameters once they are on the devices."""
-        return self._once("teacher_checkpoint", self._read_teacher)
+    def teacher_checkpoint(self) -> Stored:
+        """The teacher on disk, its weights unread."""
+        return self._once(
+            "teacher_checkpoint",
+            lambda: open_model(self._tuned_teacher or self._locate("teacher")),
+        )
 
     @property
-    def student_checkpoint(self) -> Checkpoint:
-        """The student before any training, without its parameters: a copy of them is not kept."""
-        return self._once("student_checkpoint", lambda: replace(self._read_start(), params={}))
+    def student_checkpoint(self) -> Stored:
+        """The student before any training here, its weights unread."""
+
+        def make():
+            c = self.config.student
+            own = c.fine_tuned or c.path
+            start = open_model(self._locate("student")) if own else self.teacher_checkpoint
+            return start.keep(c.keep_layers) if c.keep_layers and not c.fine_tuned else start
+
+        return self._once("student_checkpoint", make)
 
     @property
     def teacher(self) -> Model:
         """The teacher on the devices."""
-
-        def make():
-            model = self.on_devices(self._with_params(self.teacher_checkpoint))
-            self._made["teacher_checkpoint"] = replace(self.teacher_checkpoint, params={})
-            return model
-
-        return self._once("teacher", make)
+        dtype = self.config.teacher.dtype
+        return self._once("teacher", lambda: self.on_devices(self.teacher_checkpoint, dtype))
 
     def untuned_teacher(self) -> Model:
-        """The teacher for its own training, which consumes the parameters: held by nobody else."""
-        self._made.pop("teacher", None)
-        model = self.on_devices(self._with_params(self.teacher_checkpoint))
-        self._made["teacher_checkpoint"] = replace(self.teacher_checkpoint, params={})
-        return model
+        """The teacher in float32 for its own training, which consumes the arrays."""
+        return self.on_devices(self.teacher_checkpoint)
 
     def student(self, folder: Any = None) -> Model:
-        """The student from `folder`, or as it is before training."""
-        return self.on_devices(load(folder) if folder else self._read_start())
+        """The student from `folder`, or as it is before training; its arrays are its own."""
+        start = open_model(folder) if folder else self.student_checkpoint
+        c = self.config
+        own = folder or c.student.path or c.student.fine_tuned
+        if own or "teacher" not in self._made or c.teacher.dtype != "float32":
+            return self.on_devices(start)
+        # Copied from the teacher, which is there already.
+        params = take_layers(
+            self.teacher.params, c.student.keep_layers, self._shardings(start.config)
+        )
+        return Model(start.config, params, start.hf_config)
 
-    def _read_teacher(self) -> Checkpoint:
-        return load(self._tuned_teacher or self._locate("teacher"))
+    def on_devices(self, stored: Stored, dtype: str = "float32") -> Model:
+        """Read a model straight to the shardings of its logical axes."""
+        params = stored.read(np.dtype(dtype), self._shardings(stored.config))
+        return Model(stored.config, params, stored.hf_config)
 
-    def _with_params(self, held: Checkpoint) -> Checkpoint:
-        return held if held.params else self._read_teacher()
-
-    def _read_start(self) -> Checkpoint:
-        c = self.config.student
-        if c.fine_tuned:
-            return load(self._locate("student"))
-        if c.path:
-            start = load(self._locate("student"))
-        else:
-            start = self._with_params(self.teacher_checkpoint)
-        return keep_layers(start, c.keep_layers) if c.keep_layers else start
-
-    def on_devices(self, checkpoint: Checkpoint) -> Model:
-        """Place a checkpoint with the shardings of its logical axes."""
-        axes = logical_axes(checkpoint.config)
-        params = place(checkpoint.params, tree_shardings(checkpoint.params, axes, self.mesh))
-        return Model(checkpoint.config, params, checkpoint.hf_config)
+    def _shardings(self, config: DecoderConfig) -> Any:
+        return tree_shardings(abstract_params(config), logical_axes(config), self.mesh)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -248,25 +246,47 @@ class Builder:
     def sft(self, model: DecoderConfig | None = None, name: str = "sft") -> Method:
         """Supervised fine-tuning of the student, or of another model."""
         return sft.method(
-            model or self.student_checkpoint.config, *self.optimizer(name), **self._common(name)
+            model or self.student_checkpoint.config,
+            *self.optimizer(name),
+            vocab=self.vocab,
+            dropout_seed=self.dropout_seed,
+            **self._common(name),
+        )
+
+    def kd(self) -> Method:
+        """Word-level KD."""
+        return kd.method(
+            *self._models(),
+            *self.optimizer("distill"),
+            vocab=self.vocab,
+            kd_ratio=self.config.distill.kd_ratio,
+            teacher_dtype=self.config.teacher.dtype,
+            dropout_seed=self.dropout_seed,
+            **self._common("distill"),
         )
 
     def minillm(self) -> Method:
         """MiniLLM."""
-        models = self.student_checkpoint.config, self.teacher_checkpoint.config
-        common = self._common("distill")
-        del common["vocab"]  # it is in `mixing`
+        c = self.config.corpus
         return minillm.method(
-            *models,
+            *self._models(),
             *self.optimizer("distill"),
             policy=recipe.policy(self.section("distill")),
             mixing=self.mixing(),
-            **common,
+            corpus=CorpusLoss(c.coefficient, c.kd_ratio) if c.files else None,
+            **self._common("distill"),
         )
+
+    @property
+    def dropout_seed(self) -> int | None:
+        """The seed of the models' own dropout, None for none."""
+        return self.seed if self.config.dropout else None
+
+    def _models(self) -> tuple[DecoderConfig, DecoderConfig]:
+        return self.student_checkpoint.config, self.teacher_checkpoint.config
 
     def _common(self, name: str) -> dict[str, Any]:
         return {
-            "vocab": self.vocab,
             "micro_batches": self.micro_batches(name),
             "dtype": self.config.student.dtype,
         }

@@ -1,10 +1,10 @@
 """Which settings cannot be right, judged before anything is loaded; `build` reads the rest."""
 
-from pathlib import Path
 from typing import Any
 
 from minillm_jax.data.templates import TEMPLATES
-from minillm_jax.models.fetch import resolve
+from minillm_jax.models.fetch import is_remote, resolve
+from minillm_jax.scratch import PREFIX
 from minillm_jax.types import InputError
 
 _FROM_0 = ("epochs", "micro_batch", "evaluate_every")
@@ -27,6 +27,7 @@ _CHOICES = {
     "data.template": TEMPLATES,
     "data.long_prompts": ("error", "drop"),
     "answers.source": ("teacher", "data"),
+    "teacher.dtype": ("float32", "bfloat16"),
     "student.dtype": ("float32", "bfloat16", "float16"),
     "teacher_sft.keep": _KEEP[:2],
     "sft.keep": _KEEP,
@@ -78,7 +79,7 @@ def check(config: Any) -> None:
         )
     for name in ("teacher", "student"):
         for path in (config[name].path, config[name].fine_tuned):
-            if path and is_local(path):
+            if path and not path.startswith(PREFIX) and not is_remote(path):
                 resolve(path)
     for spec in config.data.more_tests:
         name, has_file, file = str(spec).partition("=")
@@ -95,12 +96,3 @@ def _setting(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = config[part]
     return config
-
-
-def is_local(path: str) -> bool:
-    """Whether a model's path is one on this machine, and no name of something to fetch or make."""
-    return not path.startswith(("pip:", "hf:", "scratch:")) and (
-        Path(path).expanduser().exists()
-        or Path(path).suffix == ".gguf"
-        or path.startswith(("/", ".", "~"))
-    )

@@ -1,0 +1,60 @@
+"""Weights that torch pickled (`pytorch_model.bin`), for models that have no others.
+
+The only place that imports torch, which is optional, and the only unpickling: torch's weights-only
+loader builds tensors and plain containers and refuses whatever else a pickle asks for.
+"""
+
+import functools
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from minillm_jax.models.weights import Tensor
+from minillm_jax.types import InputError
+
+_INSTALL = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+_KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file by name; in the format since torch 1.6 they are mapped.
+
+    Raises `InputError` without torch, and for a file that is damaged or no dict of tensors.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{file} was pickled by torch, which is not installed; `{_INSTALL}`, or choose a model "
+            "with safetensors"
+        ) from error
+
+    def values(tensor: torch.Tensor) -> np.ndarray:
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype != torch.bfloat16:
+            return tensor.numpy()
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+    try:
+        mapped = zipfile.is_zipfile(file)  # the older format cannot be
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # foreign bytes in a foreign parser
+        reason = " ".join(str(error).split())
+        if "weights only" in reason.lower():
+            raise InputError(
+                f"{file} holds more than tensors, and nothing else is unpickled; "
+                "choose a model with safetensors"
+            ) from error
+        raise InputError(f"{file} is damaged ({reason[:200]}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file} is no dict of tensors; choose a model with safetensors")
+    tensors = {}
+    for name, tensor in found.items():
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+            raise InputError(f"{file} is no dict of tensors; choose a model with safetensors")
+        kind = str(tensor.dtype).removeprefix("torch.")
+        read_one = functools.partial(values, tensor)
+        tensors[name] = Tensor(file, tuple(tensor.shape), read_one, _KINDS.get(kind, kind))
+    return tensors

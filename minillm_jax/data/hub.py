@@ -44,8 +44,8 @@ def records(source: str, *, instead: str, streaming: bool = False) -> Iterator[d
             yield {key: value for key, value in dict(fields).items() if value is not None}
     except exceptions.DatasetNotFoundError as error:
         raise InputError(
-            f"{source}: {_first_line(error)} Correct the name or the revision, or, if it asks for "
-            f"access, get it at {SITE}/{name} and run `hf auth login`; or {instead}"
+            f"{source}: {_first_line(error)}; correct the name or the revision, or run "
+            f"`hf auth login` if it needs access; or {instead}"
         ) from error
     except OSError as error:  # that of the network, which `datasets` raises as ConnectionError
         raise InputError(
@@ -57,4 +57,4 @@ def records(source: str, *, instead: str, streaming: bool = False) -> Iterator[d
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")

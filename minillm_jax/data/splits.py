@@ -8,8 +8,8 @@ from minillm_jax.data.sources import Row
 from minillm_jax.data.tokenizer import Tokenizer
 from minillm_jax.types import InputError
 
-# Of the paper. From the public 15,011 rows, with the test and validation rows of its authors and
-# GPT-2's tokenizer, 11,429 rows are left to train on.
+# Of the paper. With its authors' test and validation rows held out of databricks-dolly-15k, and the
+# prompts counted with GPT-2's tokenizer, 11,429 rows are left to train on.
 SIZES = {"train": 11_435, "validation": 1_000, "test": 500}
 
 

@@ -73,6 +73,7 @@ def _imports(path: str, tree: ast.Module) -> Iterator[str]:
         "flax.linen": ("minillm_jax/models/",),
         "ml_collections": config_readers,
         "transformers": ("minillm_jax/data/tokenizer.py",),
+        "datasets": ("minillm_jax/data/hub.py",),
         "orbax": ("minillm_jax/checkpoint.py",),
     }
     modules = set(_modules(tree))
@@ -90,9 +91,10 @@ def _imports(path: str, tree: ast.Module) -> Iterator[str]:
 
 def _eager(path: str, tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
-        if any(_within(module, "transformers") for module in _modules(node)):
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):
-                yield "transformers takes seconds to import: do so where it is used"
+        for slow in ("transformers", "datasets"):
+            if any(_within(module, slow) for module in _modules(node)):
+                if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):
+                    yield f"{slow} takes seconds to import: do so where it is used"
 
 
 def _calls(path: str, tree: ast.Module) -> Iterator[str]:
@@ -154,6 +156,8 @@ def test_source_keeps_the_rules(path):
         ("minillm_jax/pipeline.py", "import orbax.checkpoint"),
         ("minillm_jax/build.py", "def f():\n    import transformers"),
         ("minillm_jax/data/tokenizer.py", "from transformers import AutoTokenizer"),
+        ("minillm_jax/data/hub.py", "from datasets import load_dataset"),
+        ("minillm_jax/data/sources.py", "def f():\n    import datasets"),
         ("minillm_jax/data/sources.py", "import pickle"),
         ("minillm_jax/data/sources.py", "rows = eval('1')"),
         ("configs/common.py", "exec('1')"),

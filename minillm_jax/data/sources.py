@@ -1,4 +1,4 @@
-"""Rows of instruction data from JSON-lines files, and the prompts that ship with the package."""
+"""Rows of instruction data: JSON-lines files, the Hub, and the prompts shipped with the package."""
 
 import gzip
 import importlib.resources
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minillm_jax.data import hub
 from minillm_jax.types import InputError
 
 
@@ -20,6 +21,27 @@ class Row:
     input: str = ""
     output: tuple[str, ...] = ()
     where: str = ""
+
+
+def read(source: str | Path, *, need_output: bool = False) -> list[Row]:
+    """The rows of a JSONL file, or of `hub:OWNER/NAME[@REVISION]`, with the fields of `read_jsonl`.
+
+    `hub:databricks/databricks-dolly-15k` is the paper's data; `splits.paper_split` divides it.
+
+    Raises:
+        InputError: as `read_jsonl` and `hub.records`.
+    """
+    if not hub.is_hub(source):
+        return read_jsonl(source, need_output=need_output)
+    source = str(source)
+    instead = "give the file: --config.data.train=FILE.jsonl"
+    rows = [
+        _row(fields, f"{source} row {number}", need_output)
+        for number, fields in enumerate(hub.records(source, instead=instead), 1)
+    ]
+    if not rows:
+        raise InputError(f"{source}: no rows; choose another data set, or {instead}")
+    return rows
 
 
 def read_jsonl(path: str | Path, *, need_output: bool = False) -> list[Row]:
@@ -34,16 +56,9 @@ def read_jsonl(path: str | Path, *, need_output: bool = False) -> list[Row]:
     """
     path = Path(path)
     rows = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines(path), 1):
         where = f"{path}:{number}"
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8"
-            ) from error
+        text = decoded(line, where, first=number == 1)
         if not text.strip():
             continue
         try:
@@ -66,7 +81,8 @@ def packaged_prompts(split: str) -> list[Row]:
         return read_jsonl(path)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which may be a `.gz`; one that cannot be read is an InputError."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
@@ -75,6 +91,16 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: no such file; correct the path") from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); correct or replace it") from error
+
+
+def decoded(line: bytes, where: str, *, first: bool = False) -> str:
+    """A line as text, the first one without its byte-order mark; invalid UTF-8: InputError."""
+    try:
+        return line.removeprefix(b"\xef\xbb\xbf" if first else b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8"
+        ) from error
 
 
 def _row(fields: Any, where: str, need_output: bool) -> Row:

@@ -1,4 +1,9 @@
-"""How an instruction becomes a prompt: the Alpaca text of the paper, or the model's chat form."""
+"""How an instruction becomes a prompt: the Alpaca text of the paper, or the model's chat form.
+
+A prompt is tokenised by itself and its answer after it, not both as one text as the reference
+does: a sampled answer continues exactly these ids. With the tokenizers of GPT-2 and OPT the two
+agree on all of databricks-dolly-15k, since the Alpaca text ends in a newline.
+"""
 
 from collections.abc import Sequence
 
@@ -15,7 +20,7 @@ ALPACA_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-TEMPLATES = ("alpaca", "chat")
+TEMPLATES = ("alpaca", "alpaca_qwen", "chat")
 
 
 def alpaca(instruction: str, input: str = "") -> str:
@@ -34,15 +39,21 @@ def prompts(
 ) -> list[list[int]]:
     """Ids of the prompts of (instruction, input) pairs.
 
-    `alpaca` is plain text. `chat` is the model's template with one user message: the instruction,
-    and after a blank line the input, if there is one. In both, special-token text in a pair stays
-    text.
+    `alpaca` is plain text. `alpaca_qwen` is what the reference gives Qwen2 and Qwen2.5: the same
+    text as `<|im_start|>TEXT<|im_end|><|im_start|>Assistant:`, which is not their chat template.
+    `chat` is the model's template with one user message: the instruction, and after a blank line
+    the input, if there is one. In all three, special-token text in a pair stays text.
 
     Raises:
-        InputError: an unknown template, or a model without a chat template.
+        InputError: an unknown template, or a model without a chat template or those tokens.
     """
     if template == "alpaca":
         return tokenizer.encode_batch([alpaca(*pair) for pair in pairs])
+    if template == "alpaca_qwen":
+        start, end = (tokenizer.special_id(f"<|im_{name}|>") for name in ("start", "end"))
+        plain = tokenizer.encode_batch([alpaca(*pair) for pair in pairs], continues=True)
+        answer = [end, start, *tokenizer.encode("Assistant:", continues=True)]
+        return [[start, *ids, *answer] for ids in plain]
     if template == "chat":
         return tokenizer.chat_prompts(["\n\n".join(filter(None, pair)) for pair in pairs])
     raise InputError(f"unknown template {template!r}; choose one of {', '.join(TEMPLATES)}")

@@ -61,6 +61,16 @@ class Tokenizer:
             )
         return index
 
+    def special_id(self, token: str) -> int:
+        """Id of a special token by its text.
+
+        Raises:
+            InputError: the vocabulary has no such special token.
+        """
+        if token not in self._special:
+            raise InputError(f"{self.source}: no special token {token!r}; use another template")
+        return self._special[token]
+
     @functools.cached_property
     def _prefixes_space(self) -> bool:
         """Whether text at the start gets a space, as SentencePiece vocabularies have it."""

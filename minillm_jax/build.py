@@ -189,6 +189,8 @@ class Builder:
             if self.outline.answers == "data" or (self.outline.tunes_teacher and split != "test"):
                 self.data.gold(split)
         self.data.more_tests()
+        if self.outline.method == "minillm":
+            self.data.corpus()
         ids = (max(prompt.prompt) for split in SPLITS for prompt in self.data.prompts(split))
         largest = max(self.tokenizer.eos_id, *ids)
         for who, checkpoint in (
@@ -273,7 +275,7 @@ class Builder:
             *self.optimizer("distill"),
             policy=recipe.policy(self.section("distill")),
             mixing=self.mixing(),
-            corpus=CorpusLoss(c.coefficient, c.kd_ratio) if c.files else None,
+            corpus=CorpusLoss(c.coefficient, c.kd_ratio) if c.files and c.coefficient else None,
             **self._common("distill"),
         )
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from minillm_jax import scratch
+from minillm_jax.data import corpus as corpus_lib
 from minillm_jax.data import examples as examples_lib
-from minillm_jax.data import loader, sources
+from minillm_jax.data import hub, loader, sources, splits
 from minillm_jax.data.examples import Example
 from minillm_jax.data.sources import Row
 from minillm_jax.data.tokenizer import Tokenizer
@@ -37,24 +38,56 @@ class Data:
         return self._made[name]
 
     def rows(self, split: str) -> list[Row]:
-        """The rows of a split, from the config's file or the packaged prompts."""
+        """The rows of a split, from where the config says, or the packaged prompts.
+
+        Validation and test rows from the same source as the training rows are taken out of those,
+        as the paper divides databricks-dolly-15k.
+        """
+        evaluate = self.config.evaluate
+        limits = {"validation": evaluate.validation_prompts, "test": evaluate.prompts}
+        limit = limits.get(split, self.config.data.limit)
+        rows = getattr(self._divided(), split) if self._shares_source(split) else self._read(split)
+        return rows[:limit] if limit else rows
+
+    def _shares_source(self, split: str) -> bool:
+        c = self.config.data
+        others = ("validation", "test") if split == "train" else (split,)
+        return (
+            bool(c.train)
+            and any(c[name] == c.train for name in others)
+            and not (c.train.startswith(scratch.PREFIX))
+        )
+
+    def _read(self, split: str) -> list[Row]:
+        source = self.config.data[split]
 
         def make():
-            c, evaluate = self.config.data, self.config.evaluate
-            if c[split].startswith(scratch.PREFIX):
-                rows = scratch.answered_rows(split)
-            else:
-                rows = sources.read_jsonl(c[split]) if c[split] else sources.packaged_prompts(split)
-            limits = {"validation": evaluate.validation_prompts, "test": evaluate.prompts}
-            limit = limits.get(split, c.limit)
-            return rows[:limit] if limit else rows
+            if source.startswith(scratch.PREFIX):
+                return scratch.answered_rows(split)
+            return sources.read(source) if source else sources.packaged_prompts(split)
 
         return self._once(f"rows/{split}", make)
 
+    def _divided(self) -> splits.Split:
+        c = self.config.data
+
+        def make():
+            rows = self._read("train")
+            lengths = splits.prompt_lengths(self.tokenizer, c.template, rows)
+            given = {
+                name: [] if self._shares_source(name) else self._read(name)
+                for name in ("validation", "test")
+            }
+            return splits.paper_split(rows, lengths, max_prompt=c.max_prompt, **given)
+
+        return self._once("divided", make)
+
     def count(self, split: str) -> int | str:
         """Rows of a split, over-long ones included; in words for what is yet to be fetched."""
-        spec = self.config.data[split]
-        return f"of {spec}" if spec.startswith("hub:") else len(self.rows(split))
+        source = self.config.data[split]
+        if hub.is_hub(source) or self._shares_source(split):
+            return f"of {source}"
+        return len(self.rows(split))
 
     def prompts(self, split: str) -> list[Example]:
         """The prompts of a split as ids, without answers."""
@@ -87,7 +120,7 @@ class Data:
             found = {}
             for spec in self.config.data.more_tests:
                 name, _, file = spec.partition("=")
-                rows = sources.read_jsonl(file, need_output=True)
+                rows = sources.read(file, need_output=True)
                 rows = rows[: self.config.evaluate.prompts or None]
                 found[name] = rows, self._examples(rows, False)
             return found
@@ -105,6 +138,26 @@ class Data:
             answers=answers,
             long_prompts=c.long_prompts,
         )
+
+    def corpus(self) -> corpus_lib.Batches | None:
+        """Blocks of plain text, as many per update as responses; None without a corpus loss."""
+        c, d = self.config.corpus, self.config.data
+        if not c.files or c.coefficient == 0:
+            return None
+
+        def make():
+            made = f"{scratch.PREFIX}text"
+            folder = self.workdir / "scratch"
+            files = [scratch.text(folder) if file == made else file for file in c.files]
+            return corpus_lib.batches(
+                files,
+                self.tokenizer,
+                batch_size=self.config.distill.batch_size,
+                length=d.max_prompt + d.max_response,
+                seed=self.seed,
+            )
+
+        return self._once("corpus", make)
 
     def padding(self) -> dict[str, int]:
         """The geometry of a batch, for `pad` and the loaders."""

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from minillm_jax.data.sources import Row, packaged_prompts
+from minillm_jax.data.templates import alpaca
 from minillm_jax.models import hf, init_params
 from minillm_jax.models.weights import read_config
 from minillm_jax.types import InputError
@@ -155,19 +156,20 @@ def _tokenizer(model_type: str, folder: Path) -> Path:
 
 
 def _train_tokenizer(folder: Path) -> None:
-    """Byte-level BPE of at most 512 tokens on the packaged prompts."""
+    """Byte-level BPE of 1,024 tokens at most, on the packaged prompts in the Alpaca template."""
     import tokenizers
 
     backend: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=[_END],
+        vocab_size=1024,
+        special_tokens=[_END, "<|im_start|>", "<|im_end|>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([row.instruction for row in packaged_prompts("train")], trainer)
+    texts = [alpaca(row.instruction, row.input) for row in packaged_prompts("train")]
+    backend.train_from_iterator(texts, trainer)
     backend.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -16,6 +16,7 @@ from minillm_jax.types import InputError
 
 _INSTALL = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 _KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {kind: np.dtype(kind) for kind in ("float64", "float32", "float16", "bfloat16")}
 
 
 def read(file: Path) -> dict[str, Tensor]:
@@ -32,6 +33,12 @@ def read(file: Path) -> dict[str, Tensor]:
         ) from error
 
     def values(tensor: torch.Tensor) -> np.ndarray:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        offset = _offset(tensor.data_ptr(), tensor.nbytes, mappings)
+        if offset is not None and kind in _DTYPES and tensor.is_contiguous():
+            # A page of the map that is touched would stay in memory beside the array.
+            found = np.fromfile(file, _DTYPES[kind], tensor.numel(), offset=offset)
+            return found.reshape(tuple(tensor.shape))
         tensor = tensor.detach().contiguous()
         if tensor.dtype != torch.bfloat16:
             return tensor.numpy()
@@ -48,6 +55,7 @@ def read(file: Path) -> dict[str, Tensor]:
                 "choose a model with safetensors"
             ) from error
         raise InputError(f"{file} is damaged ({reason[:200]}); fetch it again") from error
+    mappings = _mappings(file)
     if not isinstance(found, dict):
         raise InputError(f"{file} is no dict of tensors; choose a model with safetensors")
     tensors = {}
@@ -58,3 +66,23 @@ def read(file: Path) -> dict[str, Tensor]:
         read_one = functools.partial(values, tensor)
         tensors[name] = Tensor(file, tuple(tensor.shape), read_one, _KINDS.get(kind, kind))
     return tensors
+
+
+def _mappings(file: Path) -> list[tuple[int, int, int]]:
+    """Where this process has the file mapped: (start, end, offset in the file); Linux tells."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    rows = [line.split(maxsplit=5) for line in lines]
+    real = str(file.resolve())
+    spans = [(row[0].split("-"), row[2]) for row in rows if len(row) == 6 and row[5] == real]
+    return [(int(start, 16), int(end, 16), int(offset, 16)) for (start, end), offset in spans]
+
+
+def _offset(address: int, size: int, mappings: list[tuple[int, int, int]]) -> int | None:
+    """The place in the file of what is in memory at `address`, None if that is not mapped."""
+    for start, end, offset in mappings:
+        if start <= address and address + size <= end:
+            return address - start + offset
+    return None

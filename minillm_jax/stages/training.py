@@ -81,7 +81,7 @@ def train(
                     seed=build.seed,
                     rollout=rollout,
                     seconds=seconds,
-                    **({} if corpus is None else {"corpus": corpus}),
+                    corpus=corpus,
                 )
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     return outcome | {"skipped": int(state.skipped), "best": progress.best}
@@ -188,7 +188,7 @@ def minillm(run: Run) -> Outcome:
         section="distill",
         frozen=build.teacher.params,
         batches=build.data.batches(build.data.prompts("train"), build.config.distill.rollouts),
-        corpus=None,
+        corpus=build.data.corpus(),
         validate=lambda model: validation(run, model, {"reverse_kl", keep}),
         headline="reverse_kl",
     )

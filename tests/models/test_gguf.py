@@ -47,7 +47,9 @@ def permute(rows, heads):
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def write(path, config, params, family, kind=None, divisors=None, **settings):
+def write(
+    path, config, params, family, kind=None, divisors=None, quantise=quants.quantize, **settings
+):
     """Write a GGUF file of `params`; matrices as `kind`, `settings` beside the usual metadata."""
     writer = GGUFWriter(path, family.model_type)
     writer.add_block_count(config.layers)
@@ -77,7 +79,7 @@ def write(path, config, params, family, kind=None, divisors=None, **settings):
             array = permute(array, config.heads) if "attn_q." in ours else array
             array = permute(array, config.kv_heads) if "attn_k." in ours else array
         if kind is not None and array.ndim == 2:
-            writer.add_tensor(ours, quants.quantize(array, kind), raw_dtype=kind)
+            writer.add_tensor(ours, quantise(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(ours, array)
     writer.write_header_to_file()

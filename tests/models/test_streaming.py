@@ -27,7 +27,7 @@ CONFIG = {
 }
 LAYER_MB = 2 * (4 * 1024**2 + 3 * 1024 * 2816) / MB
 SCRIPT = """
-import json, os, resource, sys
+import json, sys
 import jax, jax.numpy as jnp, ml_dtypes
 from minillm_jax.models import abstract_params, hf, logical_axes
 from minillm_jax.sharding import make_mesh, tree_shardings
@@ -45,19 +45,20 @@ def read(folder):
         assert leaf.dtype == jnp.bfloat16 and leaf.sharding == sharding, leaf.sharding
     return params
 
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory(name):  # VmHWM is the peak; that of getrusage includes the process before exec
+    with open("/proc/self/status") as status:
+        lines = [line.split() for line in status if line.startswith(name)]
+    return 1024 * int(lines[0][1])
 
 read(tiny)  # what the libraries take is there before the measurement
-before = resident()
+before = memory("VmRSS")
 params = read(folder)
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"size": size, "peak": peak - before}))
+print(json.dumps({"size": size, "peak": memory("VmHWM") - before}))
 """
 
 
-def write(folder, **changes):
+def write(folder, suffix, **changes):
     """A folder of made-up bfloat16 weights in several shards, none of them held together."""
     hf_config = {**CONFIG, **changes}
     family = family_of(hf_config)
@@ -72,8 +73,13 @@ def write(folder, **changes):
     index, shard = {}, {}
 
     def flush():
-        name = f"model-{len(set(index.values())):05}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
+        name = f"model-{len(set(index.values())):05}.{suffix}"
+        if suffix == "bin":
+            torch = pytest.importorskip("torch")
+            bits = {n: torch.from_numpy(array.view(np.int16)) for n, array in shard.items()}
+            torch.save({n: b.view(torch.bfloat16) for n, b in bits.items()}, folder / name)
+        else:
+            save_file(shard, folder / name, {"format": "pt"})
         index.update(dict.fromkeys(shard, name))
         shard.clear()
 
@@ -87,18 +93,28 @@ def write(folder, **changes):
         if sum(array.nbytes for array in shard.values()) > 60 * MB:
             flush()
     flush()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    whole = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
+    (folder / f"{whole}.index.json").write_text(json.dumps({"weight_map": index}))
     return len(set(index.values()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
-@pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (4, 4)])
-def test_a_bfloat16_model_is_read_within_its_size_and_a_fifth(tmp_path, devices, fsdp):
-    assert write(tmp_path / "model") > 3
-    write(tmp_path / "tiny", num_hidden_layers=1, hidden_size=32, vocab_size=64)
+@pytest.mark.parametrize(
+    ("suffix", "devices"), [("safetensors", 1), ("safetensors", 4), ("bin", 1)]
+)
+def test_a_bfloat16_model_is_read_within_its_size_and_a_fifth(tmp_path, suffix, devices):
+    assert write(tmp_path / "model", suffix) > 3
+    write(tmp_path / "tiny", suffix, num_hidden_layers=1, hidden_size=32, vocab_size=64)
     flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "model"), str(tmp_path / "tiny"), str(fsdp)],
+        [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            str(tmp_path / "model"),
+            str(tmp_path / "tiny"),
+            str(devices),
+        ],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,

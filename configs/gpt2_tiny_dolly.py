@@ -1,0 +1,59 @@
+"""A GPT-2 of four layers learns dolly from nothing, and is distilled into one of two layers.
+
+    python -m minillm_jax.main --config configs/gpt2_tiny_dolly.py
+
+Real text and a real tokenizer at sizes for two CPU cores: it shows that learning works in a family
+whose weights no package index carries. Needs the folder of real data: `$MINILLM_SHARED`, or
+`shared` beside the checkout. It says nothing about models of a useful size.
+"""
+
+from configs.common import base
+from configs.paper import arguments, shared, tiny
+
+TEACHER, STUDENT = "gpt2-4x128", "gpt2-2x64"
+
+
+def get_config(arg: str = ""):
+    """The settings; `arg` is `method=NAME`, `tiny`, joined by commas."""
+    _, method, small = arguments(arg, (STUDENT,))
+    config = base()
+    config.name = "gpt2_tiny_dolly" + ("" if method == "minillm" else f"-{method}")
+    config.method = method
+    config.teacher.path, config.student.path = f"scratch:{TEACHER}", f"scratch:{STUDENT}"
+    data = shared() / "data"
+    config.data.train = str(data / "dolly" / "train.jsonl.gz")
+    config.data.validation = str(data / "dolly" / "dev.jsonl")
+    config.data.test = str(data / "eval" / "dolly.jsonl")
+    config.data.template = "alpaca"
+    config.data.max_prompt, config.data.max_response = 64, 32  # the template takes 35
+    config.data.long_prompts = "drop"
+    config.answers.source = "data"
+    config.answers.limit = 1024  # of seqkd
+    config.answers.batch_size = config.evaluate.batch_size = 64
+    config.evaluate.prompts = config.evaluate.validation_prompts = 128
+
+    for stage in (config.teacher_sft, config.sft):
+        stage.steps, stage.batch_size, stage.evaluate_every = 300, 32, 100
+        stage.learning_rate, stage.keep = 3e-3, "loss"
+    config.sft.steps, config.sft.evaluate_every = 200, 100
+    config.sft.warmup, config.sft.schedule = 10, "cosine"
+    config.sft.weight_decay, config.sft.b2 = 1e-2, 0.999
+
+    if method == "minillm":
+        config.distill.steps, config.distill.evaluate_every = 64, 16
+        config.distill.batch_size, config.distill.rollouts = 32, 128
+        config.distill.inner_epochs = 1
+        # As in the quickstart: one pass over fresh responses needs no clip and no discount.
+        config.distill.gamma, config.distill.cliprange, config.distill.whiten = 1.0, 0.0, "center"
+        config.distill.learning_rate = 1e-3
+        config.distill.warmup = 4
+    else:
+        config.distill.steps, config.distill.evaluate_every = 200, 50
+        config.distill.batch_size, config.distill.learning_rate = 32, 3e-3
+        config.distill.warmup, config.distill.keep = 10, "loss"
+        config.distill.weight_decay, config.distill.b2 = 1e-2, 0.999
+        config.distill.kd_ratio = 0.5 if method == "kd" else 0.0
+    config.distill.schedule = "cosine"
+    if small:
+        tiny(config, "gpt2", "gpt2")
+    return config

@@ -30,10 +30,10 @@ def get_config(arg: str = ""):
     config.answers.source = "data"
     config.answers.limit = 1024  # of seqkd
     config.answers.batch_size = config.evaluate.batch_size = 64
-    config.evaluate.prompts = config.evaluate.validation_prompts = 128
+    config.evaluate.prompts = config.evaluate.validation_prompts = 64
 
     for stage in (config.teacher_sft, config.sft):
-        stage.steps, stage.batch_size, stage.evaluate_every = 300, 32, 100
+        stage.steps, stage.batch_size, stage.evaluate_every = 300, 16, 100
         stage.learning_rate, stage.keep = 3e-3, "loss"
     config.sft.steps, config.sft.evaluate_every = 200, 100
     config.sft.warmup, config.sft.schedule = 10, "cosine"
@@ -41,7 +41,7 @@ def get_config(arg: str = ""):
 
     if method == "minillm":
         config.distill.steps, config.distill.evaluate_every = 64, 16
-        config.distill.batch_size, config.distill.rollouts = 32, 128
+        config.distill.batch_size, config.distill.rollouts = 16, 64
         config.distill.inner_epochs = 1
         # As in the quickstart: one pass over fresh responses needs no clip and no discount.
         config.distill.gamma, config.distill.cliprange, config.distill.whiten = 1.0, 0.0, "center"
@@ -49,7 +49,7 @@ def get_config(arg: str = ""):
         config.distill.warmup = 4
     else:
         config.distill.steps, config.distill.evaluate_every = 200, 50
-        config.distill.batch_size, config.distill.learning_rate = 32, 3e-3
+        config.distill.batch_size, config.distill.learning_rate = 16, 3e-3
         config.distill.warmup, config.distill.keep = 10, "loss"
         config.distill.weight_decay, config.distill.b2 = 1e-2, 0.999
         config.distill.kd_ratio = 0.5 if method == "kd" else 0.0

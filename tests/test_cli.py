@@ -106,8 +106,9 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
     [
         (name, value, f"config.{name}={value}: give")
         for name, value in {
-            "sft.steps": 0, "sft.batch_size": 0, "sft.micro_batch": -1, "sft.save_every": 0,
-            "sft.evaluate_every": 0, "distill.inner_epochs": 0, "distill.rollouts": 0,
+            "sft.steps": 0, "sft.batch_size": 0, "sft.micro_batch": -1, "sft.save_every": -1,
+            "sft.evaluate_every": -1, "distill.epochs": -1.0, "teacher_sft.steps": -1,
+            "corpus.coefficient": -1.0, "distill.inner_epochs": 0, "distill.rollouts": 0,
             "distill.chunk": 0, "answers.batch_size": 0, "evaluate.batch_size": -1,
             "evaluate.prompts": -1, "data.max_prompt": 0, "data.max_response": 0,
             "data.limit": -1, "answers.temperature": -0.5, "answers.top_p": 1.5,
@@ -120,8 +121,26 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
         ("distill.estimator", "mine", "config.distill.estimator='mine': "),
         ("distill.gamma", 2.0, "config.distill.gamma=2.0"),
         ("distill.batch_size", 3, "is not a multiple of config.distill.batch_size=3"),
+        ("method", "gkd", "config.method='gkd': choose from minillm, sft, kd, seqkd"),
+        ("answers.source", "gold", "config.answers.source='gold': choose from teacher, data"),
+        ("answers.source", "data", "train.jsonl:1: no output; give config.data.train a JSONL file"),
+        ("teacher_sft.epochs", 1.0, "train.jsonl:1: no output; give config.data.train a JSONL fil"),
+        ("teacher_sft.keep", "reverse_kl", "='reverse_kl': choose from loss, rouge_l"),
+        ("distill.keep", "best", "config.distill.keep='best': choose from loss, rouge_l, reverse"),
+        ("distill.kd_ratio", 1.5, "config.distill.kd_ratio=1.5: the teacher's share is between"),
+        ("corpus.kd_ratio", -0.5, "config.corpus.kd_ratio=-0.5: the teacher's share is between"),
+        ("corpus.files", "('/no/text.txt',)", "/no/text.txt"),
+        ("data.long_prompts", "cut", "config.data.long_prompts='cut': choose from error, drop"),
+        ("data.more_tests", "('a.jsonl',)", "'a.jsonl' is not of the form NAME=FILE.jsonl"),
+        ("data.more_tests", "('a=/no/a.jsonl',)", "/no/a.jsonl: no such file; correct the path"),
+        ("teacher.fine_tuned", "/no/model", "no model at /no/model; give"),
+        ("teacher.dtype", "int8", "config.teacher.dtype='int8': choose from float32, bfloat16"),
+        ("student.fine_tuned", "/no/model", "no model at /no/model; give"),
+        ("teacher.path", "scratch:rwkv-2x32", "no family 'rwkv' from scratch: choose from gpt2,"),
+        ("teacher.path", "scratch:gpt2", "is not of the form scratch:FAMILY-LxD; correct it"),
+        ("teacher.path", "scratch:gpt2-2x30", "at least one layer, and a width in steps of 16"),
         ("sft.schedule", "linear", "config.sft.schedule='linear': choose"),
-        ("data.template", "vicuna", "config.data.template='vicuna': choose from alpaca, chat"),
+        ("data.template", "vicuna", "config.data.template='vicuna': choose from alpaca, alpaca_qw"),
         ("student.dtype", "int8", "config.student.dtype='int8': choose from float32"),
         ("teacher.path", "", "config.teacher.path is empty: give"),
         ("teacher.path", "/no/model", "no model at /no/model; give"),
@@ -137,6 +156,25 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
 )  # fmt: skip
 def test_a_setting_that_cannot_be_right(refused, setting, value, says):
     assert says in refused(f"--config.{setting}={value}")
+
+
+def test_a_fine_tuned_student_is_for_minillm(refused, toy):
+    model = toy.parent / "teacher"
+    line = refused("--config.method=kd", f"--config.student.fine_tuned={model}")
+    assert "config.method='kd': give the student as config.student.path" in line
+
+
+def test_the_packaged_prompts_have_no_answers(refused):
+    line = refused("--config.data.train=", "--config.answers.source=data")
+    assert "config.data.train is empty, and the packaged prompts have no answers; give" in line
+    assert "hub:databricks/databricks-dolly-15k" in line
+
+
+def test_batches_that_do_not_split_over_the_devices(toy, tmp_path, monkeypatch, capsys):
+    words = [f"--config={toy}", f"--workdir={tmp_path / 'run'}", "--config.sft.batch_size=12"]
+    assert command(monkeypatch, "main", *words) == 2
+    says = "config.sft.batch_size=12 does not split over 8 devices: make it a multiple of 8"
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

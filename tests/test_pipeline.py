@@ -3,18 +3,20 @@
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minillm_jax import pipeline
+from minillm_jax import dataset, pipeline
 from minillm_jax.checkpoint import Checkpoints
+from minillm_jax.data import splits
 from minillm_jax.models import hf
 from minillm_jax.stages import training
 from minillm_jax.types import InputError
-from tests.toy_run import compilation_cache, one_device, toy_config
+from tests.toy_run import PROMPTS, compilation_cache, one_device, toy_config, write_teacher
 
 TIMES = ("seconds", "tokens_per_second", "collect_seconds", "collect_tokens_per_second")
 
@@ -134,6 +136,90 @@ def test_stages_are_done_again_from_scratch_when_their_input_is_another(copy, mo
     after = files(workdir / "stages")
     done = {p: t for p, t in after.items() if p.name == "done.json"}
     assert len(done) == 5 and all(before.get(p) != t for p, t in done.items())
+
+
+def with_answers(folder, **changes):
+    """The toy config with answers of the data, a teacher to tune, and a student of its own."""
+    config = toy_config(folder)
+    for split in ("train", "validation", "test"):
+        file = folder / f"{split}.jsonl"
+        rows = [
+            json.loads(line) | {"output": ["red", "green"]}
+            for line in file.read_text().splitlines()
+        ]
+        answered = folder / f"answered_{split}.jsonl"
+        answered.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config.data[split] = str(answered)
+    config.answers.source = "data"
+    config.student.path = str(write_teacher(folder / "student", seed=1, num_hidden_layers=1))
+    config.student.keep_layers = ()
+    config.teacher_sft.steps, config.teacher_sft.batch_size = 3, 8
+    config.teacher_sft.learning_rate, config.teacher_sft.keep = 1e-2, "loss"
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (config[section] if section else config)[key] = value
+    return config
+
+
+def losses(workdir, stage, name="loss"):
+    return [row[name] for row in rows(workdir, stage) if name in row]
+
+
+def test_later_stages_have_the_tuned_teacher_after_a_new_start_too(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config = with_answers(tmp_path, method="kd", distill__kd_ratio=1.0, distill__keep="loss")
+    workdir, opened = tmp_path / "run", []
+    looked_at = hf.open_model
+    monkeypatch.setattr(
+        "minillm_jax.build.open_model", lambda path: (opened.append(Path(path)), looked_at(path))[1]
+    )
+    pipeline.execute(config, workdir, ["teacher_sft", "distill"])
+    tuned, raw = workdir / "stages" / "teacher_sft" / "model", tmp_path / "teacher"
+    assert losses(workdir, "teacher_sft")[-1] < losses(workdir, "teacher_sft")[0]
+    assert losses(workdir, "teacher_sft", "valid_loss")[-1] < 4.0
+    assert opened.index(raw) < opened.index(tuned) and opened.count(tuned) == 1
+    first = losses(workdir, "distill")
+    undo(workdir, "distill")
+    opened.clear()
+    pipeline.execute(config, workdir)
+    assert raw not in opened and tuned in opened
+    assert losses(workdir, "distill") == first
+    figures = json.loads((workdir / "summary.json").read_text())["models"]
+    assert set(figures) == {"teacher", "start", "kd"}
+    assert figures["kd"]["nll"] < figures["start"]["nll"]
+    lines = (workdir / "evaluate" / "answers.jsonl").read_text().splitlines()
+    judged = [json.loads(line) for line in lines]
+    assert [row["reference"] for row in judged] == ["red", "red"]
+
+
+def test_a_start_from_a_fine_tuned_student_is_that_of_the_stage(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config = with_answers(tmp_path, teacher_sft__steps=0)
+    pipeline.execute(config, tmp_path / "whole", ["student_sft", "distill"])
+    given = with_answers(tmp_path, teacher_sft__steps=0)
+    given.student.fine_tuned = str(tmp_path / "whole" / "stages" / "student_sft" / "model")
+    pipeline.execute(given, tmp_path / "given", ["distill", "evaluate"])
+    assert rows(tmp_path / "given", "distill") == rows(tmp_path / "whole", "distill")
+    figures = json.loads((tmp_path / "given" / "evaluate" / "figures.json").read_text())
+    assert set(figures) == {"teacher", "sft", "minillm"}
+
+
+def test_validation_and_test_rows_are_taken_out_of_one_source(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    monkeypatch.setitem(splits.SIZES, "validation", 3)
+    monkeypatch.setitem(splits.SIZES, "test", 2)
+    config = with_answers(tmp_path)
+    config.data.validation = config.data.test = config.data.train
+    config.evaluate.validation_prompts = 2
+    data = pipeline.Builder(config, tmp_path / "run").data
+    found = {split: [row.instruction for row in data.rows(split)] for split in dataset.SPLITS}
+    assert found == {
+        "test": list(PROMPTS[:2]),
+        "validation": list(PROMPTS[2:4]),
+        "train": list(PROMPTS[5:]),
+    }
+    said = pipeline.describe(config, tmp_path / "run")["geometry"]["prompts"]
+    assert said["train"] == f"of {config.data.train}"
 
 
 @pytest.mark.parametrize("stage", ["student_sft", "distill"])

@@ -151,7 +151,10 @@ def with_answers(folder, **changes):
         answered.write_text("".join(json.dumps(row) + "\n" for row in rows))
         config.data[split] = str(answered)
     config.answers.source = "data"
-    config.student.path = str(write_teacher(folder / "student", seed=1, num_hidden_layers=1))
+    student = folder / "student"
+    if not student.exists():
+        write_teacher(student, seed=1, num_hidden_layers=1)
+    config.student.path = str(student)
     config.student.keep_layers = ()
     config.teacher_sft.steps, config.teacher_sft.batch_size = 3, 8
     config.teacher_sft.learning_rate, config.teacher_sft.keep = 1e-2, "loss"

@@ -1,4 +1,4 @@
-"""Learning works on real text with a real tokenizer: `gpt2_tiny_dolly`, cut to half a minute."""
+"""Learning works on real text with a real tokenizer: `gpt2_tiny_dolly`, cut to a minute."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_a_gpt2_learns_dolly_and_its_student_comes_closer(tmp_path, monkeypatch,
 
     teacher, student = scores("teacher_sft", "loss"), scores("student_sft", "loss")
     closer = scores("distill", "reverse_kl")
-    # Measured: NLL 10.8 to 8.0 and 8.5, reverse KL by half.
+    # Measured: NLL from 10.84 to 8.91 and from 10.83 to 8.86, reverse KL from 1.40 to 0.20.
     assert teacher[0] - teacher[-1] > 1.5
     assert student[0] - student[-1] > 1.0
-    assert closer[-1] < 0.9 * closer[0]
+    assert closer[-1] < 0.5 * closer[0]

@@ -13,5 +13,6 @@ STUDENTS = {"qwen2.5-1.5b": Side("Qwen/Qwen2.5-1.5B", 1e-5, 10, 8, "qwen2")}
 
 def get_config(arg: str = ""):
     """The settings; `arg` is `student=NAME`, `method=NAME`, `tiny`, joined by commas."""
-    options = {"schedule": "cosine", "template": "alpaca_qwen"}
-    return pair(arg, "qwen2_5_7b_to_1_5b", TEACHER, STUDENTS, **options)
+    return pair(
+        arg, "qwen2_5_7b_to_1_5b", TEACHER, STUDENTS, schedule="cosine", template="alpaca_qwen"
+    )

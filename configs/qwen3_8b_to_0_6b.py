@@ -11,5 +11,6 @@ STUDENTS = {"qwen3-0.6b": Side("Qwen/Qwen3-0.6B-Base", 1e-5, 10, 8, "qwen3")}
 
 def get_config(arg: str = ""):
     """The settings; `arg` is `student=NAME`, `method=NAME`, `tiny`, joined by commas."""
-    options = {"schedule": "cosine", "template": "alpaca_qwen"}
-    return pair(arg, "qwen3_8b_to_0_6b", TEACHER, STUDENTS, **options)
+    return pair(
+        arg, "qwen3_8b_to_0_6b", TEACHER, STUDENTS, schedule="cosine", template="alpaca_qwen"
+    )

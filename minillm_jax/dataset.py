@@ -74,11 +74,13 @@ class Data:
         def make():
             rows = self._read("train")
             lengths = splits.prompt_lengths(self.tokenizer, c.template, rows)
-            given = {
-                name: [] if self._shares_source(name) else self._read(name)
+            validation, test = (
+                [] if self._shares_source(name) else self._read(name)
                 for name in ("validation", "test")
-            }
-            return splits.paper_split(rows, lengths, max_prompt=c.max_prompt, **given)
+            )
+            return splits.paper_split(
+                rows, lengths, validation=validation, test=test, max_prompt=c.max_prompt
+            )
 
         return self._once("divided", make)
 

@@ -1,6 +1,7 @@
 """Learning works on real text with a real tokenizer: `gpt2_tiny_dolly`, cut to a minute."""
 
 import json
+from typing import Any
 
 from configs.gpt2_tiny_dolly import get_config
 from minillm_jax import pipeline
@@ -10,7 +11,7 @@ from tests.toy_run import one_device
 def test_a_gpt2_learns_dolly_and_its_student_comes_closer(tmp_path, monkeypatch, shared):
     monkeypatch.setenv("MINILLM_SHARED", str(shared))
     one_device(monkeypatch)
-    config = get_config()
+    config: Any = get_config()
     config.teacher.path, config.student.path = "scratch:gpt2-2x64", "scratch:gpt2-1x32"
     config.data.limit, config.data.max_response = 256, 16
     config.evaluate.validation_prompts = 16

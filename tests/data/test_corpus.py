@@ -55,11 +55,35 @@ def test_newlines_are_one_newline(shared: Path):
 
 def test_long_documents_are_tokenised_in_parts(toy: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     text = "one two cat\ndog\nbig sun and moon\n" * 20
-    whole = pack([text, "yes"], toy, 3)
+    whole = pack([text, "yes"], toy, 7)
     monkeypatch.setattr(corpus, "_PIECE", 30)
     monkeypatch.setattr(corpus, "_PIECES", 3)
     assert len(list(corpus._pieces([text]))) > 10
-    np.testing.assert_array_equal(pack([text, "yes"], toy, 3), whole)
+    np.testing.assert_array_equal(pack([text, "yes"], toy, 7), whole)
+
+
+def test_parts_of_a_document_continue_it(toy: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """A vocabulary that puts a space before a text must not do so in the midst of one."""
+    given = {}
+
+    def encode_batch(texts, *, continues):
+        given.update(dict.fromkeys(texts, continues))
+        return [[5] for _ in texts]
+
+    monkeypatch.setattr(toy, "encode_batch", encode_batch)
+    monkeypatch.setattr(corpus, "_PIECE", 3)
+    assert pack(["one\ntwo\nthree", "cat"], toy, 6).tolist() == [
+        [5, 5, 5, toy.eos_id, 5, toy.eos_id]
+    ]
+    assert given == {"one\n": False, "two\n": True, "three": True, "cat": False}
+
+
+def test_no_more_is_read_than_is_needed(toy: Tokenizer):
+    def texts():
+        yield from ["one two three"] * 1000
+        raise AssertionError("read on")
+
+    assert pack(texts(), toy, 4, most_blocks=10).shape == (10, 4)
 
 
 def test_real_text(shared: Path):

@@ -79,8 +79,9 @@ def test_gradient_is_the_sum_of_two_means(name, kd_ratio):
 
 
 def test_micro_batches_change_nothing():
+    """With as many blocks in each, but not as many tokens of answers."""
     corpus = CorpusLoss(0.7, 0.5)
-    (want, metrics), (got, others) = (update("paper", corpus, count) for count in (1, 4))
+    (want, metrics), (got, others) = (update("corrected", corpus, count) for count in (1, 4))
     for key, value in metrics.items():
         np.testing.assert_allclose(others[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
     chex.assert_trees_all_close(got, want, atol=1e-6 * float(metrics["grad_norm"]))

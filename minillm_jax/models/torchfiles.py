@@ -5,6 +5,7 @@ loader builds tensors and plain containers and refuses whatever else a pickle as
 """
 
 import functools
+import importlib.util
 import zipfile
 from pathlib import Path
 
@@ -19,18 +20,22 @@ _KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 _DTYPES = {kind: np.dtype(kind) for kind in ("float64", "float32", "float16", "bfloat16")}
 
 
+def check_installed(what: str):
+    """Raise `InputError` with the line of pip if torch, which pickled `what`, is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"{what} was pickled by torch, which is not installed; `{_INSTALL}`, or choose a model "
+            "with safetensors"
+        )
+
+
 def read(file: Path) -> dict[str, Tensor]:
     """Return the tensors of one file by name; in the format since torch 1.6 they are mapped.
 
     Raises `InputError` without torch, and for a file that is damaged or no dict of tensors.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{file} was pickled by torch, which is not installed; `{_INSTALL}`, or choose a model "
-            "with safetensors"
-        ) from error
+    check_installed(str(file))
+    import torch
 
     def values(tensor: torch.Tensor) -> np.ndarray:
         kind = str(tensor.dtype).removeprefix("torch.")

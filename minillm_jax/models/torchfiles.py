@@ -32,6 +32,7 @@ def check_installed(what: str):
 def read(file: Path) -> dict[str, Tensor]:
     """Return the tensors of one file by name; in the format since torch 1.6 they are mapped.
 
+    Those of the older format are in memory as long as one of them is held.
     Raises `InputError` without torch, and for a file that is damaged or no dict of tensors.
     """
     check_installed(str(file))
@@ -44,7 +45,8 @@ def read(file: Path) -> dict[str, Tensor]:
             # A page of the map that is touched would stay in memory beside the array.
             found = np.fromfile(file, _DTYPES[kind], tensor.numel(), offset=offset)
             return found.reshape(tuple(tensor.shape))
-        tensor = tensor.detach().contiguous()
+        # A copy: what is made of it may be donated, and the tensor may be asked for again.
+        tensor = tensor.detach().contiguous().clone()
         if tensor.dtype != torch.bfloat16:
             return tensor.numpy()
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from minillm_jax.models import torchfiles
 from minillm_jax.types import InputError
 
 ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?")
@@ -49,6 +50,8 @@ def fetch(spec: str) -> Path:
         )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         small, weights = _choose(spec, sizes)
+        if weights[0].startswith("pytorch_model"):
+            torchfiles.check_installed(f"{spec} on the Hub")  # said before, not after gigabytes
         _check_space(spec, sum(sizes[name] for name in weights))
         # The weights come last: where they are, all is.
         for names in (small, weights):

@@ -75,7 +75,7 @@ def _writer(sharding: Sharding) -> Any:
 @functools.cache
 def _taker(kept: tuple[int, ...], shardings: tuple[Sharding, ...], tree: Any) -> Any:
     def take(params):
-        copy = jax.tree.map(jnp.copy, params)  # a result that is an argument would be the same
+        copy = jax.tree.map(jnp.copy, params)  # an argument that is returned may be the same memory
         if kept:
             rows = np.array(kept)
             copy["layers"] = jax.tree.map(lambda leaf: leaf[rows], params["layers"])

@@ -5,6 +5,7 @@ loader builds tensors and plain containers and refuses whatever else a pickle as
 """
 
 import functools
+import importlib.util
 import zipfile
 from pathlib import Path
 
@@ -19,18 +20,23 @@ _KINDS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 _DTYPES = {kind: np.dtype(kind) for kind in ("float64", "float32", "float16", "bfloat16")}
 
 
+def check_installed(what: str):
+    """Raise `InputError` with the line of pip if torch, which pickled `what`, is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"{what} was pickled by torch, which is not installed; `{_INSTALL}`, or choose a model "
+            "with safetensors"
+        )
+
+
 def read(file: Path) -> dict[str, Tensor]:
     """Return the tensors of one file by name; in the format since torch 1.6 they are mapped.
 
+    Those of the older format are in memory as long as one of them is held.
     Raises `InputError` without torch, and for a file that is damaged or no dict of tensors.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{file} was pickled by torch, which is not installed; `{_INSTALL}`, or choose a model "
-            "with safetensors"
-        ) from error
+    check_installed(str(file))
+    import torch
 
     def values(tensor: torch.Tensor) -> np.ndarray:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -39,7 +45,8 @@ def read(file: Path) -> dict[str, Tensor]:
             # A page of the map that is touched would stay in memory beside the array.
             found = np.fromfile(file, _DTYPES[kind], tensor.numel(), offset=offset)
             return found.reshape(tuple(tensor.shape))
-        tensor = tensor.detach().contiguous()
+        # A copy: what is made of it may be donated, and the tensor may be asked for again.
+        tensor = tensor.detach().contiguous().clone()
         if tensor.dtype != torch.bfloat16:
             return tensor.numpy()
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -3,6 +3,7 @@
 import errno
 import http.server
 import json
+import sys
 import threading
 import urllib.parse
 
@@ -140,7 +141,8 @@ def shards(folder, suffix, whole):
 @pytest.mark.parametrize(
     ("suffix", "whole"), [("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")]
 )
-def test_shards_come_with_their_index(server, suffix, whole):
+def test_shards_come_with_their_index(server, suffix, whole, monkeypatch):
+    monkeypatch.setattr(hub.torchfiles, "check_installed", lambda what: None)
     names = shards(server.models["someone/tiny-gpt2"], suffix, whole)
     found = fetch.resolve("someone/tiny-gpt2")
     assert {file.name for file in found.iterdir()} == names
@@ -148,6 +150,13 @@ def test_shards_come_with_their_index(server, suffix, whole):
     server.asked.clear()
     assert fetch.resolve("someone/tiny-gpt2") == found  # a download that was broken off goes on
     assert server.asked and {file.name for file in found.iterdir()} == names
+
+
+def test_pickles_are_not_fetched_where_nothing_can_read_them(server, monkeypatch):
+    shards(server.models["someone/tiny-gpt2"], "bin", "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused("someone/tiny-gpt2", "someone/tiny-gpt2 on the Hub was pickled", "`pip install torch")
+    assert not [path for path in server.asked if "/resolve/" in path]
 
 
 def test_a_cache_without_a_tokenizer_is_completed(server):

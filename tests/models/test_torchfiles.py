@@ -51,12 +51,13 @@ def test_a_pickle_is_the_model_that_the_safetensors_are(folder, zipped):
     jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float64"])
-def test_every_kind_of_float_is_read(folder, kind):
+def test_every_kind_of_float_is_read(folder, kind, zipped):
     dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
     wide = hf.load(folder).params
     wanted = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(np.float32), wide)
-    pickled(folder, kind)
+    pickled(folder, kind, _use_new_zipfile_serialization=zipped)
     jax.tree.map(np.testing.assert_array_equal, hf.load(folder).params, wanted)
 
 

@@ -151,6 +151,23 @@ def test_integers_beside_the_weights_are_buffers(tmp_path):
     assert_equal_trees(hf.load(tmp_path).params, plain.params)
 
 
+@pytest.mark.parametrize(
+    ("name", "buffer"),
+    [
+        ("opt", "decoder.version"),
+        ("gptj", "transformer.h.1.attn.masked_bias"),
+        ("gpt_neo", "transformer.h.2.attn.attention.bias"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+    ],
+)
+def test_constants_of_old_checkpoints_are_left_out(name, buffer, tmp_path):
+    make.write_folder(name, tmp_path)
+    hf.load(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, buffer: np.full(1, np.nan)}, tmp_path / "model.safetensors")
+    hf.load(tmp_path)
+
+
 def in_shards(folder):
     """Cut the weights into two shards with their index; return the names of the first."""
     tensors = load_file(folder / "model.safetensors")

@@ -53,4 +53,5 @@ FAMILY = Family(
         *linear("model.decoder.project_out", "project_out"),
         Weight("lm_head.weight", ("head/weight",)),
     ),
+    buffers=(r"(model\.)?decoder\.version",),
 )

@@ -20,13 +20,13 @@ from minillm_jax.data.examples import Example
 from minillm_jax.data.sources import Row
 from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from minillm_jax.methods import Method, minillm, sft
-from minillm_jax.models import DecoderConfig, logical_axes
+from minillm_jax.models import DecoderConfig, abstract_params, logical_axes
 from minillm_jax.models.fetch import resolve
-from minillm_jax.models.hf import load
-from minillm_jax.models.weights import Checkpoint, keep_layers
+from minillm_jax.models.hf import Stored, open_model
+from minillm_jax.models.placing import take_layers
 from minillm_jax.objectives.policy import PRESETS, Policy
 from minillm_jax.rollout import Mixing, Warp
-from minillm_jax.sharding import make_mesh, place, tree_shardings
+from minillm_jax.sharding import make_mesh, tree_shardings
 from minillm_jax.trainer import Schedule
 from minillm_jax.types import InputError, Params, Sequences
 
@@ -79,48 +79,43 @@ class Builder:
     # Models and vocabulary.
 
     @property
-    def teacher_checkpoint(self) -> Checkpoint:
-        """The teacher on the host; without its parameters once they are on the devices."""
-        return self._once("teacher_checkpoint", self._read_teacher)
+    def teacher_checkpoint(self) -> Stored:
+        """The teacher on disk, its weights unread."""
+        c = self.config.teacher
+        return self._once("teacher_checkpoint", lambda: open_model(resolve(c.path, c.sha256)))
 
     @property
-    def student_checkpoint(self) -> Checkpoint:
-        """The student before any training, without its parameters: a copy of them is not kept."""
-        return self._once("student_checkpoint", lambda: replace(self._read_start(), params={}))
+    def student_checkpoint(self) -> Stored:
+        """The student before any training, its weights unread."""
+
+        def make():
+            c = self.config.student
+            start = open_model(resolve(c.path)) if c.path else self.teacher_checkpoint
+            return start.keep(c.keep_layers) if c.keep_layers else start
+
+        return self._once("student_checkpoint", make)
 
     @property
     def teacher(self) -> Model:
         """The teacher on the devices."""
-
-        def make():
-            model = self.on_devices(self.teacher_checkpoint)
-            self._made["teacher_checkpoint"] = replace(self.teacher_checkpoint, params={})
-            return model
-
-        return self._once("teacher", make)
+        return self._once("teacher", lambda: self.on_devices(self.teacher_checkpoint))
 
     def student(self, folder: Any = None) -> Model:
-        """The student from `folder`, or as it is before training."""
-        return self.on_devices(load(folder) if folder else self._read_start())
+        """The student from `folder`, or as it is before training; its arrays are its own."""
+        start = open_model(folder) if folder else self.student_checkpoint
+        if folder or self.config.student.path or "teacher" not in self._made:
+            return self.on_devices(start)
+        kept = self.config.student.keep_layers  # copied from the teacher, which is there already
+        params = take_layers(self.teacher.params, kept, self._shardings(start.config))
+        return Model(start.config, params, start.hf_config)
 
-    def _read_teacher(self) -> Checkpoint:
-        c = self.config.teacher
-        return load(resolve(c.path, c.sha256))
+    def on_devices(self, stored: Stored) -> Model:
+        """Read a model straight to the shardings of its logical axes."""
+        params = stored.read(np.float32, self._shardings(stored.config))
+        return Model(stored.config, params, stored.hf_config)
 
-    def _read_start(self) -> Checkpoint:
-        c = self.config.student
-        if c.path:
-            start = load(resolve(c.path))
-        else:
-            held = self.teacher_checkpoint
-            start = held if held.params else self._read_teacher()
-        return keep_layers(start, c.keep_layers) if c.keep_layers else start
-
-    def on_devices(self, checkpoint: Checkpoint) -> Model:
-        """Place a checkpoint with the shardings of its logical axes."""
-        axes = logical_axes(checkpoint.config)
-        params = place(checkpoint.params, tree_shardings(checkpoint.params, axes, self.mesh))
-        return Model(checkpoint.config, params, checkpoint.hf_config)
+    def _shardings(self, config: DecoderConfig) -> Any:
+        return tree_shardings(abstract_params(config), logical_axes(config), self.mesh)
 
     @property
     def tokenizer(self) -> Tokenizer:

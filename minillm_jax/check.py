@@ -3,7 +3,7 @@
 from typing import Any
 
 from minillm_jax.data.templates import TEMPLATES
-from minillm_jax.models.fetch import resolve
+from minillm_jax.models.fetch import is_remote, resolve
 from minillm_jax.types import InputError
 
 _TRAINING = ("steps", "batch_size", "accumulate", "evaluate_every", "save_every")
@@ -63,7 +63,7 @@ def check(config: Any) -> None:
         raise InputError("config.teacher.path is empty: give an HF folder or a GGUF file")
     for name in ("teacher", "student"):
         path = config[name].path
-        if path and not path.startswith("pip:"):
+        if path and not is_remote(path):
             resolve(path)
     kept = config.student.keep_layers
     if not all(isinstance(layer, int) and layer >= 0 for layer in kept):

@@ -8,7 +8,7 @@ import jax
 from minillm_jax.build import Model
 from minillm_jax.data.tokenizer import Tokenizer
 from minillm_jax.models import hf
-from minillm_jax.models.fetch import resolve
+from minillm_jax.models.fetch import is_remote, resolve
 from minillm_jax.types import InputError
 
 
@@ -53,7 +53,7 @@ def _old(folder: Path) -> Path:
 
 def model_path(spec: str) -> Path:
     """The model that `spec` means: a work directory's newest student, else `spec` itself."""
-    if spec.startswith("pip:"):
+    if is_remote(spec):
         return resolve(spec)
     path = Path(spec).expanduser()
     if not path.exists():

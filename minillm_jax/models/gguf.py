@@ -4,13 +4,14 @@ Only the `gguf` package and numpy; a tensor is dequantised when it is read. The 
 the file is the business of `data/tokenizer.py`.
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFEndian, GGUFReader, ReaderTensor, quants
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, ReaderTensor, quants
 
 from minillm_jax.models.attention import rotary_frequencies
 from minillm_jax.models.weights import Tensor, read_config
@@ -49,6 +50,7 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _CURE = "use the HF folder of the model"
+_LONG = 64  # entries of an array in the header; no setting of a model has as many
 
 
 class _Reader(GGUFReader):
@@ -60,6 +62,24 @@ class _Reader(GGUFReader):
         if end > self.data.size:
             raise ValueError(f"its {self.data.size:,} bytes should be {end:,} or more")
         return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        """Step over long arrays: those are the tokenizer's, and most of the reading time."""
+        if raw_type == GGUFValueType.ARRAY and self.byte_order != "S":
+            kind = GGUFValueType(self._get(orig_offs, np.uint32)[0])
+            count, end = int(self._get(orig_offs + 4, np.uint64)[0]), int(orig_offs) + 12
+            if count > _LONG and kind in self.gguf_scalar_to_np:
+                end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+                self._get(end - 1, np.uint8)
+                return end - int(orig_offs), [], [], [GGUFValueType.ARRAY, kind]
+            if count > _LONG and kind == GGUFValueType.STRING:
+                for _ in range(count):
+                    if end + 8 > self.data.size:
+                        break
+                    end += 8 + int.from_bytes(self.data[end : end + 8].tobytes(), "little")
+                self._get(end - 1, np.uint8)
+                return end - int(orig_offs), [], [], [GGUFValueType.ARRAY, kind]
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -173,17 +193,27 @@ def _tensor(path: Path, tensor: ReaderTensor, heads: dict[str, int]) -> tuple[st
     layer, part, kind = match.groups() if match else (None, tensor.name, "")
     name = _NAMES.get(part)
     if name is None:  # left to the caller to complain about
-        return tensor.name, Tensor(path, (), lambda: tensor.data)
+        return tensor.name, Tensor(path, (), lambda: np.zeros(()))
     name = f"{name}.{kind}" if layer is None else f"model.layers.{layer}.{name}.{kind}"
 
+    # Not the mapped array itself: its pages would stay in memory with the whole file.
+    kind, offset = tensor.tensor_type, int(tensor.data_offset)
+    dtype, stored = tensor.data.dtype, tensor.data.shape
+
     def values() -> np.ndarray:
+        data = np.fromfile(path, dtype, math.prod(stored), offset=offset).reshape(stored)
         try:
-            array = quants.dequantize(tensor.data, tensor.tensor_type)
+            array = quants.dequantize(data, kind)
         except NotImplementedError as error:
             raise InputError(f"{path}: tensor {tensor.name}: {error}; {_CURE}") from error
         return _unpermute(array, heads[part]) if part in heads else array
 
-    return name, Tensor(path, tuple(int(n) for n in reversed(tensor.shape)), values)
+    return name, Tensor(path, tuple(int(n) for n in reversed(tensor.shape)), values, _kind(kind))
+
+
+def _kind(kind: GGMLQuantizationType) -> str:
+    """The dtype for `Tensor`: what dequantises is F32, integers keep their name."""
+    return kind.name if re.fullmatch(r"I\d+", kind.name) else "F32"
 
 
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -1,14 +1,14 @@
-"""Folders of transformers: `config.json` and safetensors, read and written without torch.
+"""Models of transformers: a folder with `config.json` and weights, or a GGUF file.
 
-Pickles (`pytorch_model.bin`) are not read, remote code is not run. The tensors go through
-`weights`, GGUF files through `gguf`.
+Written as safetensors without torch; remote code is not run. The files are read by `shards`,
+`torchfiles` and `gguf`, their tensors go through `weights`.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from typing import Any
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from minillm_jax.models import gguf
+from minillm_jax.models import gguf, shards
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.weights import (
     Checkpoint,
-    Tensor,
-    assemble,
+    Stored,
+    check,
     disassemble,
     keep_layers,
     read_config,
@@ -33,27 +33,43 @@ from minillm_jax.types import InputError, Params
 
 FORMAT_VERSION = 1  # of the folders written here, in the metadata of model.safetensors
 _WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 
-__all__ = ["Checkpoint", "keep_layers", "load", "save"]
+__all__ = ["Checkpoint", "Stored", "keep_layers", "load", "open_model", "save"]
 
 
-def load(path: str | os.PathLike[str], dtype: DTypeLike = np.float32) -> Checkpoint:
-    """Read an HF folder or a GGUF file, with the parameters in `dtype`.
+def open_model(path: str | os.PathLike[str]) -> Stored:
+    """Look at an HF folder or a GGUF file: the model's description, without its weights.
 
-    One tensor at a time, so the peak is the parameters and one tensor. Raises `InputError` for
-    whatever is not the complete model of a supported family.
+    Raises `InputError` for whatever is not the complete model of a supported family.
     """
     path = Path(path).expanduser()
     if path.is_file():
-        if path.suffix == ".safetensors":
+        if path.suffix in (".safetensors", ".bin"):
             raise InputError(f"{path} is one file of a model; give its folder")
-        hf_config, tensors = gguf.read(path)
-        return assemble(hf_config, tensors, path, dtype)
+        return check(*gguf.read(path), path)
     if not path.is_dir():
         raise InputError(f"no model at {path}; give a local HF folder or GGUF file")
-    hf_config = _read_json(path / "config.json")
-    return assemble(hf_config, _tensors(path), path, dtype)
+    hf_config = shards.read_json(path / "config.json")
+    read_config(hf_config, path)  # before the weights: it says which models there are
+    return check(hf_config, shards.read(path), path)
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: DTypeLike = np.float32,
+    *,
+    keep: Sequence[int] = (),
+    shardings: Params | None = None,
+) -> Checkpoint:
+    """Read a model with the parameters in `dtype`, of only the layers `keep` where some are named.
+
+    On the host, or with `shardings` (a tree like the parameters) straight to the devices. Raises
+    `InputError` as `open_model` does, and for weights that cannot be read.
+    """
+    stored = open_model(path)
+    if keep:
+        stored = stored.keep(keep)
+    return Checkpoint(stored.config, stored.read(dtype, shardings), stored.hf_config, stored.path)
 
 
 def save(
@@ -98,58 +114,3 @@ def save(
         raise InputError(
             f"cannot write {path}: {error}; free some space there or choose another folder"
         ) from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no {file.name} in {file.parent}; give the folder that has it") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}: {error}; fetch it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} is no JSON object; fetch it again")
-    return value
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / _INDEX).is_file():
-        files = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise InputError(f"{folder / _INDEX} has no weight_map; fetch it again")
-    elif (folder / _WEIGHTS).is_file():
-        files = {None: _WEIGHTS}
-    else:
-        if any(folder.glob("*.bin")):
-            raise InputError(
-                f"{folder} has only .bin weights, and pickles are not read; convert it with "
-                "transformers: from_pretrained(folder).save_pretrained(new_folder)"
-            )
-        raise InputError(f"no {_WEIGHTS} in {folder}; give the folder that has it")
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        found = _open(folder / file)
-        for name in [name for name, where in files.items() if where == file and name]:
-            if name not in found:
-                raise InputError(
-                    f"{folder / file}: no tensor {name}, though the index says so; fetch both again"
-                )
-        tensors.update(found)
-    return tensors
-
-
-def _open(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise InputError(f"{file} is missing; fetch it again")
-    try:
-        reader = safe_open(file, framework="numpy")
-        return {
-            name: Tensor(
-                file,
-                tuple(reader.get_slice(name).get_shape()),
-                lambda name=name: reader.get_tensor(name),
-            )
-            for name in reader.keys()
-        }
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} is damaged ({error}); fetch it again") from error

@@ -84,6 +84,13 @@ CASES = {
     "opt": ("OPTConfig", _OPT),
     "opt_350m": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 12, "do_layer_norm_before": False}),
 }
+# Families that are not shipped: the worked example of docs/add_a_model.md.
+EXAMPLES = {
+    "starcoder2": (
+        "Starcoder2Config",
+        {**_SIZES, "sliding_window": 4, "norm_epsilon": 1e-3, "hidden_act": "gelu_pytorch_tanh"},
+    ),
+}
 _TOKENS = [
     [0, 0, 0, 5, 17, 3, 22, 9, 31, 2],  # padded on the left
     [7, 1, 12, 30, 4, 4, 19, 8, 25, 11],
@@ -109,7 +116,7 @@ def build(name: str, seed: int = 0):
     import torch
     import transformers
 
-    kind, arguments = CASES[name]
+    kind, arguments = {**CASES, **EXAMPLES}[name]
     torch.manual_seed(seed)
     config = getattr(transformers, kind)(**arguments)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -202,7 +209,7 @@ if __name__ == "__main__":
     parser.add_argument("--stories", type=Path, help="the folder of stories260K")
     parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     flags = parser.parse_args()
-    for case in CASES:
+    for case in (*CASES, *EXAMPLES):
         _make(case)
     if flags.stories:
         _make_stories(flags.stories)

@@ -28,6 +28,7 @@ HF_CONFIG = {
     "tie_word_embeddings": False,
     "attention_bias": True,
 }
+TOKENS = ["a", "b", "c"]
 NAMES = {theirs: ours for ours, theirs in gguf._NAMES.items()}
 
 
@@ -47,7 +48,17 @@ def permute(rows, heads):
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def write(path, config, params, family, kind=None, divisors=None, **settings):
+def write(
+    path,
+    config,
+    params,
+    family,
+    kind=None,
+    divisors=None,
+    quantise=quants.quantize,
+    tokens=TOKENS,
+    **settings,
+):
     """Write a GGUF file of `params`; matrices as `kind`, `settings` beside the usual metadata."""
     writer = GGUFWriter(path, family.model_type)
     writer.add_block_count(config.layers)
@@ -61,7 +72,8 @@ def write(path, config, params, family, kind=None, divisors=None, **settings):
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_eos_token_id(2)
-    writer.add_token_list(["a", "b", "c"])
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.5] * len(tokens))
     for name, value in settings.items():
         writer.add_uint32(f"{family.model_type}.{name}", value)
     if divisors is not None:
@@ -77,7 +89,7 @@ def write(path, config, params, family, kind=None, divisors=None, **settings):
             array = permute(array, config.heads) if "attn_q." in ours else array
             array = permute(array, config.kv_heads) if "attn_k." in ours else array
         if kind is not None and array.ndim == 2:
-            writer.add_tensor(ours, quants.quantize(array, kind), raw_dtype=kind)
+            writer.add_tensor(ours, quantise(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(ours, array)
     writer.write_header_to_file()
@@ -182,6 +194,28 @@ def test_no_cut_and_no_wrong_byte_is_more_than_an_input_error(tmp_path):
         except InputError:
             refusals += 1
     assert refusals > 10
+
+
+def test_the_long_lists_of_a_tokenizer_are_stepped_over(tmp_path, monkeypatch):
+    config, params, family = tiny()
+    tokens = [f"token {i}" * (i % 3) for i in range(200)]
+    path = write(tmp_path / "tiny.gguf", config, params, family, tokens=tokens)
+    made, parts = [], gguf.GGUFReader._get_field_parts
+    monkeypatch.setattr(
+        gguf.GGUFReader, "_get_field_parts", lambda *given: made.append(given) or parts(*given)
+    )
+    checkpoint = hf.load(path)
+    assert checkpoint.config == config and len(made) < 60
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.params, params)
+
+    whole = path.read_bytes()
+    for word in (b"tokenizer.ggml.tokens", b"tokenizer.ggml.scores"):
+        start = whole.index(word) + len(word) + 4
+        path.write_bytes(whole[: start + 500])
+        refused(path, "bytes should be", "fetch it again")
+        endless = (2**62).to_bytes(8, "little")
+        path.write_bytes(whole[: start + 4] + endless + whole[start + 12 :])
+        refused(path, "bytes should be", "fetch it again")
 
 
 @pytest.fixture(scope="module")

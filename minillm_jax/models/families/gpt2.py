@@ -6,9 +6,9 @@ from minillm_jax.models.families._hf import Attributes, Family, Weight, linear, 
 
 def _config(hf: Attributes) -> DecoderConfig:
     # Dropout of the attention weights is left out, as is all that is for classification.
-    hf.ignore("attn_pdrop", "embd_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_type")
+    hf.ignore("attn_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_type")
     hf.ignore("summary_use_proj", "summary_activation", "summary_proj_to_labels")
-    hf.ignore("summary_first_dropout")
+    hf.ignore("summary_first_dropout", "n_special", "output_past", "predict_special_tokens")
     hf.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     width = hf.take("n_embd", int, 768)
     return DecoderConfig(
@@ -26,7 +26,7 @@ def _config(hf: Attributes) -> DecoderConfig:
         out_bias=True,
         mlp_bias=True,
         tied_head=hf.take("tie_word_embeddings", bool, True),
-        dropout=hf.take("resid_pdrop", float, 0.1),
+        dropout=hf.dropout("resid_pdrop", "embd_pdrop", 0.1),
     )
 
 

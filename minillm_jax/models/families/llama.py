@@ -1,36 +1,16 @@
 """LLaMA 1 to 3 and everything that ships as `llama`, SmolLM2 among them."""
 
-from typing import Any
-
 from minillm_jax.models.config import DecoderConfig
-from minillm_jax.models.families._hf import Attributes, Family, Weight, linear, norm
-
-
-def common(hf: Attributes) -> dict[str, Any]:
-    """Return what LLaMA, Mistral and Qwen name alike."""
-    hf.expect(attention_dropout=0.0)
-    return {
-        "vocab_size": hf.take("vocab_size", int),
-        "layers": hf.take("num_hidden_layers", int),
-        "width": hf.take("hidden_size", int),
-        "heads": hf.take("num_attention_heads", int),
-        "mlp_width": hf.take("intermediate_size", int),
-        "max_positions": hf.take("max_position_embeddings", int),
-        "norm": "rms",
-        "norm_eps": hf.take("rms_norm_eps", float, 1e-6),
-        "activation": hf.activation("hidden_act", "silu"),
-        "gated": True,
-        "tied_head": hf.take("tie_word_embeddings", bool, False),
-        **hf.rope(),
-    }
+from minillm_jax.models.families import _llama
+from minillm_jax.models.families._hf import Attributes, Family
 
 
 def _config(hf: Attributes) -> DecoderConfig:
     bias = hf.take("attention_bias", bool, False)
-    hf.ignore("is_llama_config")
+    hf.ignore("is_llama_config", "max_sequence_length")
     hf.expect(rope_interleaved=False)
     return DecoderConfig(
-        **common(hf),
+        **_llama.common(hf),
         kv_heads=hf.take("num_key_value_heads", int, 0),
         head_dim=hf.take("head_dim", int, 0),
         qkv_bias=bias,
@@ -39,29 +19,12 @@ def _config(hf: Attributes) -> DecoderConfig:
     )
 
 
-WEIGHTS = (
-    Weight("model.embed_tokens.weight", ("embed/tokens",)),
-    *norm("model.layers.{}.input_layernorm", "layers/attn_norm"),
-    *linear("model.layers.{}.self_attn.q_proj", "layers/attn/q"),
-    *linear("model.layers.{}.self_attn.k_proj", "layers/attn/k"),
-    *linear("model.layers.{}.self_attn.v_proj", "layers/attn/v"),
-    *linear("model.layers.{}.self_attn.o_proj", "layers/attn/o"),
-    *norm("model.layers.{}.self_attn.q_norm", "layers/attn/q_norm"),  # Qwen3
-    *norm("model.layers.{}.self_attn.k_norm", "layers/attn/k_norm"),
-    *norm("model.layers.{}.post_attention_layernorm", "layers/mlp_norm"),
-    *linear("model.layers.{}.mlp.gate_proj", "layers/mlp/gate"),
-    *linear("model.layers.{}.mlp.up_proj", "layers/mlp/up"),
-    *linear("model.layers.{}.mlp.down_proj", "layers/mlp/down"),
-    *norm("model.norm", "final_norm"),
-    Weight("lm_head.weight", ("head/weight",)),
-)
-
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
     layers="num_hidden_layers",
     config=_config,
-    weights=WEIGHTS,
+    weights=_llama.WEIGHTS,
     buffers=(r".*\.rotary_emb\.inv_freq",),
 )

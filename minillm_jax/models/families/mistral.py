@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from minillm_jax.models.config import DecoderConfig
-from minillm_jax.models.families import llama
+from minillm_jax.models.families import _llama, llama
 from minillm_jax.models.families._hf import Attributes
 
 
 def _config(hf: Attributes) -> DecoderConfig:
-    fields = llama.common(hf)
+    fields = _llama.common(hf)
     # A missing window is the default of transformers, a null one is none (from version 0.2 on).
     window = hf.take("sliding_window", int, 4096, null=None)
     return DecoderConfig(

@@ -5,7 +5,8 @@ from minillm_jax.models.families._hf import Attributes, Family, Weight, linear, 
 
 
 def _config(hf: Attributes) -> DecoderConfig:
-    hf.ignore("attention_dropout", "layerdrop", "init_std", "prefix")
+    hf.ignore("init_std", "prefix")
+    hf.expect(attention_dropout=0.0, activation_dropout=0.0, layerdrop=0.0)
     hf.expect(layer_norm_elementwise_affine=True, _remove_final_layer_norm=False)
     width = hf.take("hidden_size", int, 768)
     bias = hf.take("enable_bias", bool, True)
@@ -52,4 +53,5 @@ FAMILY = Family(
         *linear("model.decoder.project_out", "project_out"),
         Weight("lm_head.weight", ("head/weight",)),
     ),
+    buffers=(r"(model\.)?decoder\.version",),
 )

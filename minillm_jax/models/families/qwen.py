@@ -4,12 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 from minillm_jax.models.config import DecoderConfig
-from minillm_jax.models.families import llama
+from minillm_jax.models.families import _llama, llama
 from minillm_jax.models.families._hf import Attributes
 
 
 def _common(hf: Attributes) -> dict[str, Any]:
-    fields = llama.common(hf)
+    fields = _llama.common(hf)
     sliding = hf.take("use_sliding_window", bool, False)
     window = hf.take("sliding_window", int, 4096, null=None) if sliding else None
     first = hf.take("max_window_layers", int, 28)
@@ -18,6 +18,7 @@ def _common(hf: Attributes) -> dict[str, Any]:
     if kinds is None:
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in layers]
     hf.ignore("sliding_window")
+    hf.expect(use_mrope=False)
     fields["kv_heads"] = hf.take("num_key_value_heads", int, 32, null=0)
     fields["windows"] = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return fields

@@ -32,12 +32,14 @@ def generate(
     eos_id: int,
     pad_id: int,
     vocab: int,
+    greedy: jax.Array | None = None,  # [B] bool
 ) -> Response:
     """Answers of up to `slots` tokens, one loop on the device that ends when every row has ended.
 
     The same key gives the same tokens whatever the batch is padded to; `vocab` is the number of
     true ids, those beyond it are never drawn. The n-gram ban looks at prompt and response, as the
-    paper's evaluation does, but not at padding.
+    paper's evaluation does, but not at padding. Rows in `greedy` take the best id at every step, so
+    that one program and one loop give sampled and greedy answers.
     """
     rows, width = prompt.shape
     weights = unstack(config, params)
@@ -57,7 +59,7 @@ def generate(
         t, done, hidden, cache, history, mask = loop
         scores = logits(top, hidden)[:, :vocab]
         scores = warped(warp, scores, history, width + t)
-        token = jnp.where(done, pad_id, choose(warp, scores, uniforms[t]))
+        token = jnp.where(done, pad_id, choose(warp, scores, uniforms[t], greedy))
         history = jax.lax.dynamic_update_slice(history, token[:, None], (0, width + t))
         mask = jax.lax.dynamic_update_slice(mask, ~done[:, None], (0, t))
         done = done | (token == eos_id)

@@ -94,7 +94,8 @@ class Builder:
 
     def follow(self, teacher: Path) -> None:
         """Take the model in this folder for the teacher from now on: a stage has fine-tuned it."""
-        for name in ("teacher", "teacher_checkpoint"):
+        made_of_it = ("student_checkpoint",) if self.outline.student_of_teacher else ()
+        for name in ("teacher", "teacher_checkpoint", *made_of_it):
             self._made.pop(name, None)
         self._tuned_teacher = teacher
 

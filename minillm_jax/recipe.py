@@ -42,7 +42,7 @@ def outline(config: Any) -> Outline:
         tunes_teacher=config.teacher_sft.steps > 0 or config.teacher_sft.epochs > 0,
         fine_tuned_teacher=config.teacher.fine_tuned,
         fine_tuned_student=config.student.fine_tuned,
-        student_of_teacher=not config.student.path,
+        student_of_teacher=not (config.student.path or config.student.fine_tuned),
     )
 
 

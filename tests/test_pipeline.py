@@ -195,6 +195,16 @@ def test_later_stages_have_the_tuned_teacher_after_a_new_start_too(tmp_path, mon
     assert [row["reference"] for row in judged] == ["red", "red"]
 
 
+def test_a_student_made_of_the_teachers_layers_is_made_of_the_tuned_ones(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    build = pipeline.Builder(toy_config(tmp_path), tmp_path / "run")
+    assert build.student_checkpoint.path == tmp_path / "teacher"
+    tuned = write_teacher(tmp_path / "tuned", seed=2)
+    build.follow(tuned)
+    assert build.student_checkpoint.path == build.teacher_checkpoint.path == tuned
+    assert build.student_checkpoint.config.layers == 1
+
+
 def test_a_start_from_a_fine_tuned_student_is_that_of_the_stage(tmp_path, monkeypatch):
     one_device(monkeypatch)
     config = with_answers(tmp_path, teacher_sft__steps=0)

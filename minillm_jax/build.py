@@ -26,6 +26,7 @@ from minillm_jax.models.hf import Stored, open_model
 from minillm_jax.models.placing import take_layers
 from minillm_jax.rollout import Mixing, Warp
 from minillm_jax.sharding import make_mesh, tree_shardings
+from minillm_jax.train_state import TrainState, abstract_state, state_shardings
 from minillm_jax.trainer import Schedule
 from minillm_jax.types import InputError, Params
 
@@ -68,17 +69,8 @@ class Builder:
             )
         # What these refuse is said now, and not when their stage begins.
         for name in ("teacher_sft", "sft", "distill"):
-            section = self.section(name)
-            if name == "teacher_sft" and not self.outline.tunes_teacher:
-                continue
-            try:
-                recipe.micro_batches(section["batch_size"], section["micro_batch"], ways)
-                # With epochs the updates are known when the data is.
-                recipe.optimizer(section, 10**9 if section["epochs"] else section["steps"])
-                if name == "distill":
-                    recipe.policy(section)
-            except InputError as error:
-                raise InputError(f"config.{name}.{error}") from error
+            if name != "teacher_sft" or self.outline.tunes_teacher:
+                recipe.judge(name, self.section(name), ways)
 
     def _once(self, name: str, make: Any) -> Any:
         if name not in self._made:
@@ -248,12 +240,13 @@ class Builder:
 
     def sft(self, model: DecoderConfig | None = None, name: str = "sft") -> Method:
         """Supervised fine-tuning of the student, or of another model."""
+        model = model or self.student_checkpoint.config
         return sft.method(
-            model or self.student_checkpoint.config,
+            model,
             *self.optimizer(name),
             vocab=self.vocab,
             dropout_seed=self.dropout_seed,
-            **self._common(name),
+            **self._common(model, name),
         )
 
     def kd(self) -> Method:
@@ -265,7 +258,7 @@ class Builder:
             kd_ratio=self.config.distill.kd_ratio,
             teacher_dtype=self.config.teacher.dtype,
             dropout_seed=self.dropout_seed,
-            **self._common("distill"),
+            **self._common(self.student_checkpoint.config, "distill"),
         )
 
     def minillm(self) -> Method:
@@ -277,7 +270,7 @@ class Builder:
             policy=recipe.policy(self.section("distill")),
             mixing=self.mixing(),
             corpus=CorpusLoss(c.coefficient, c.kd_ratio) if c.files and c.coefficient else None,
-            **self._common("distill"),
+            **self._common(self.student_checkpoint.config, "distill"),
         )
 
     @property
@@ -288,10 +281,16 @@ class Builder:
     def _models(self) -> tuple[DecoderConfig, DecoderConfig]:
         return self.student_checkpoint.config, self.teacher_checkpoint.config
 
-    def _common(self, name: str) -> dict[str, Any]:
+    def abstract_state(self, model: DecoderConfig, name: str) -> TrainState:
+        """The state of training `model` in a section: shapes, dtypes and shardings, no arrays."""
+        optimizer, _ = self.optimizer(name)
+        return abstract_state(abstract_params(model), logical_axes(model), optimizer, self.mesh)
+
+    def _common(self, model: DecoderConfig, name: str) -> dict[str, Any]:
         return {
             "micro_batches": self.micro_batches(name),
             "dtype": self.config.student.dtype,
+            "shardings": state_shardings(self.abstract_state(model, name)),
         }
 
     def mixing(self) -> Mixing:

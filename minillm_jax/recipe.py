@@ -105,3 +105,19 @@ def policy(section: Mapping[str, Any]) -> Policy:
     if section["estimator"] not in PRESETS:
         raise InputError(f"estimator={section['estimator']!r}: choose from {', '.join(PRESETS)}")
     return replace(PRESETS[section["estimator"]], **given)
+
+
+def judge(name: str, section: Mapping[str, Any], ways: int):
+    """Look at a section before anything is loaded, and not when its stage begins.
+
+    Raises:
+        InputError: what one of the functions above refuses, with the setting's whole name.
+    """
+    try:
+        micro_batches(section["batch_size"], section["micro_batch"], ways)
+        # With epochs the updates are known when the data is.
+        optimizer(section, 10**9 if section["epochs"] else section["steps"])
+        if name == "distill":
+            policy(section)
+    except InputError as error:
+        raise InputError(f"config.{name}.{error}") from error

@@ -18,6 +18,14 @@ Update = Callable[[TrainState, Any, Any], tuple[TrainState, Mapping[str, jax.Arr
 Collect = Callable[[Params, Any, Sequences, jax.Array], Any]
 
 
+def compiled(update: Update, shardings: Any = None) -> Update:
+    """Jit an update: its state is donated and returned as a state laid out by `shardings`.
+
+    `shardings` is that of `train_state.state_shardings`; None leaves the layout to the compiler.
+    """
+    return jax.jit(update, donate_argnames="state", out_shardings=(shardings, None))
+
+
 @dataclass(frozen=True)
 class Method:
     """How a student learns; both functions are jitted and know no config and no file."""

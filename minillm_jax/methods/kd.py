@@ -9,10 +9,9 @@ code's SeqKD; the SeqKD of Kim & Rush (2016) is `sft` on those.
 
 from typing import Any
 
-import jax
 import optax
 
-from minillm_jax.methods import Method, cross_entropy
+from minillm_jax.methods import Method, compiled, cross_entropy
 from minillm_jax.methods.accumulate import dropout_keys, gradients
 from minillm_jax.models import DecoderConfig
 from minillm_jax.objectives import reduce
@@ -31,6 +30,7 @@ def method(
     kd_ratio: float,
     micro_batches: int = 1,
     dtype: str = "float32",
+    shardings: Any = None,
     teacher_dtype: str = "float32",
     dropout_seed: int | None = None,
 ) -> Method:
@@ -38,6 +38,7 @@ def method(
 
     Args:
         dtype, teacher_dtype: of the arithmetic of the two models.
+        shardings: of the state, for `compiled`.
         dropout_seed: train with the student's dropout, its keys from this seed; None: without.
             The teacher has none.
 
@@ -77,4 +78,4 @@ def method(
         state, more = state.apply_gradients(optimizer, grads, metrics["loss"])
         return state, metrics | more | {"learning_rate": rate}
 
-    return Method(update=jax.jit(update, donate_argnames="state"))
+    return Method(update=compiled(update, shardings))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from minillm_jax.methods import Method
+from minillm_jax.methods import Method, compiled
 from minillm_jax.methods import corpus as corpus_lib
 from minillm_jax.methods.accumulate import gradients
 from minillm_jax.methods.corpus import CorpusLoss
@@ -36,6 +36,7 @@ def method(
     mixing: Mixing,
     micro_batches: int = 1,
     dtype: str = "float32",
+    shardings: Any = None,
     corpus: CorpusLoss | None = None,
 ) -> Method:
     """MiniLLM with `frozen` the teacher's parameters.
@@ -118,4 +119,4 @@ def method(
             student, teacher, params, frozen, prompts.prompt, prompts.prompt_mask, key, mixing
         )
 
-    return Method(update=jax.jit(update, donate_argnames="state"), collect=collect_rollout)
+    return Method(update=compiled(update, shardings), collect=collect_rollout)

@@ -5,10 +5,9 @@ No teacher at training time: on the teacher's own answers this is SeqKD (Kim & R
 
 from typing import Any
 
-import jax
 import optax
 
-from minillm_jax.methods import Method, cross_entropy
+from minillm_jax.methods import Method, compiled, cross_entropy
 from minillm_jax.methods.accumulate import dropout_keys, gradients
 from minillm_jax.models import DecoderConfig
 from minillm_jax.objectives import reduce
@@ -25,12 +24,14 @@ def method(
     vocab: int,
     micro_batches: int = 1,
     dtype: str = "float32",
+    shardings: Any = None,
     dropout_seed: int | None = None,
 ) -> Method:
     """SFT of a student over its first `vocab` ids; `frozen` is not used.
 
     Args:
         dtype: of the arithmetic.
+        shardings: of the state, for `compiled`.
         dropout_seed: train with the model's dropout, its keys from this seed; None: without.
     """
 
@@ -49,4 +50,4 @@ def method(
         state, more = state.apply_gradients(optimizer, grads, metrics["loss"])
         return state, metrics | more | {"learning_rate": rate}
 
-    return Method(update=jax.jit(update, donate_argnames="state"))
+    return Method(update=compiled(update, shardings))

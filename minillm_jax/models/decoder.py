@@ -3,6 +3,7 @@
 Parameters are a plain nested dict with the layers stacked on axis 0, as `nn.scan` has them.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -107,6 +108,7 @@ def logical_axes(config: DecoderConfig) -> Params:
     return jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=is_box)
 
 
+@functools.cache  # tracing the initialisation takes a third of a second
 def _boxes(config: DecoderConfig, dtype: DTypeLike) -> Any:
     return jax.eval_shape(lambda key: _init(config, key, dtype), jax.random.key(0))
 

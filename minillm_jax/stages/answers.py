@@ -15,26 +15,48 @@ from minillm_jax.rollout import Warp, generate
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.types import Sequences
 
+Answered = tuple[Sequences, int]  # a batch, and how many of its rows are real
+
 
 def respond(
     run: Run, model: Model, examples: Sequence[Example], warp: Warp, seed: int
-) -> Iterator[tuple[Sequences, int]]:
-    """Let `model` answer prompts, in order: batches, and how many of their rows are real."""
+) -> Iterator[Answered]:
+    """Let `model` answer prompts, in order."""
     key = jax.random.key(seed)
-    options = run.build.generation(warp)
     for index, (batch, real) in enumerate(run.build.data.ordered(examples)):
-        answer = generate(
-            model.config,
-            model.params,
-            batch.prompt,
-            batch.prompt_mask,
-            jax.random.fold_in(key, index),
-            **options,
-        )
-        mask = np.asarray(answer.mask)
-        mask = mask & (np.arange(len(mask)) < real)[:, None]
-        answered = Sequences(batch.prompt, batch.prompt_mask, np.asarray(answer.tokens), mask)
-        yield answered, real
+        counted = np.arange(len(batch.prompt)) < real
+        yield _answer(run, model, batch, counted, warp, jax.random.fold_in(key, index)), real
+
+
+def respond_twice(
+    run: Run, model: Model, examples: Sequence[Example], seed: int
+) -> tuple[list[Answered], list[Answered]]:
+    """Let `model` answer prompts, sampled at temperature 1 and greedily.
+
+    Both are rows of one batch: one program to compile, and a decoding step reads its weights once.
+    """
+    key = jax.random.key(seed)
+    sampled: list[Answered] = []
+    greedy: list[Answered] = []
+    for index, (batch, real) in enumerate(run.build.data.ordered(examples)):
+        rows = len(batch.prompt)
+        twice = jax.tree.map(lambda x: np.concatenate([x, x]), batch)
+        number = np.arange(2 * rows)
+        counted, best = number % rows < real, number >= rows
+        once = jax.random.fold_in(key, index)
+        found = _answer(run, model, twice, counted, Warp(), once, best)
+        sampled.append((jax.tree.map(lambda x, rows=rows: x[:rows], found), real))
+        greedy.append((jax.tree.map(lambda x, rows=rows: x[rows:], found), real))
+    return sampled, greedy
+
+
+def _answer(run, model, batch, counted, warp, key, greedy=None) -> Sequences:
+    """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
+    options = run.build.generation(warp)
+    prompt = batch.prompt, batch.prompt_mask
+    answer = generate(model.config, model.params, *prompt, key, **options, greedy=greedy)
+    mask = np.asarray(answer.mask) & counted[:, None]
+    return Sequences(*prompt, np.asarray(answer.tokens), mask)
 
 
 def token_lists(batch: Sequences, real: int) -> list[list[int]]:
@@ -43,7 +65,7 @@ def token_lists(batch: Sequences, real: int) -> list[list[int]]:
     return [[int(i) for i in row[mask]] for row, mask in pairs]
 
 
-def texts_of(run: Run, batches: Iterable[tuple[Sequences, int]]) -> list[str]:
+def texts_of(run: Run, batches: Iterable[Answered]) -> list[str]:
     """The text of the responses of batches, row by row."""
     found = [ids for batch, real in batches for ids in token_lists(batch, real)]
     return run.build.tokenizer.decode_batch(found)

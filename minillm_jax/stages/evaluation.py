@@ -11,12 +11,16 @@ from minillm_jax.evaluation.rouge import mean_rouge_l
 from minillm_jax.evaluation.text import describe, distinct_n, loops, repetition
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import write_json, write_rows
-from minillm_jax.rollout import Warp
 from minillm_jax.stages import Outcome, Run
-from minillm_jax.stages.answers import answered, references, respond, texts_of, token_lists
+from minillm_jax.stages.answers import (
+    answered,
+    references,
+    respond,
+    respond_twice,
+    texts_of,
+    token_lists,
+)
 from minillm_jax.stages.measures import SAMPLED, answer_loss, measure
-
-GREEDY = Warp(temperature=0.0)
 
 
 def held_out(run: Run, model: Model) -> tuple[dict[str, Any], list[str]]:
@@ -31,17 +35,13 @@ def held_out(run: Run, model: Model) -> tuple[dict[str, Any], list[str]]:
     expected = references(run, "test")[: len(examples)]
     eos = build.tokenizer.eos_id
 
-    sampled = list(respond(run, model, examples, SAMPLED, build.seed))
+    sampled, best = respond_twice(run, model, examples, build.seed)
     distances = {} if model is build.teacher else distance(run, model, sampled)
     answers = [ids for batch, real in sampled for ids in token_lists(batch, real)]
     bare = [[i for i in ids if i != eos] for ids in answers]
     nll = answer_loss(run, examples, model)
 
-    greedy = [
-        ids
-        for batch, real in respond(run, model, examples, GREEDY, 0)
-        for ids in token_lists(batch, real)
-    ]
+    greedy = [ids for batch, real in best for ids in token_lists(batch, real)]
     greedy_bare = [[i for i in ids if i != eos] for ids in greedy]
     texts = [text.strip() for text in build.tokenizer.decode_batch(greedy)]
     sampled_texts = build.tokenizer.decode_batch(answers)

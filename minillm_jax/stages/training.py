@@ -13,13 +13,12 @@ from minillm_jax.build import Model
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
 from minillm_jax.methods import Method
-from minillm_jax.models import abstract_params, logical_axes
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.sharding import batch_sharding
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import answered
 from minillm_jax.stages.measures import Scores, validation
-from minillm_jax.train_state import abstract_state, init_state
+from minillm_jax.train_state import init_state
 
 
 def train(
@@ -45,9 +44,8 @@ def train(
     schedule = build.schedule(section)
     optimizer, _ = build.optimizer(section)
     print(f"{stage}: {in_words(build, section)}", file=sys.stderr)
-    axes = logical_axes(start.config)
     with jax.set_mesh(build.mesh):
-        abstract = abstract_state(abstract_params(start.config), axes, optimizer, build.mesh)
+        abstract = build.abstract_state(start.config, section)
         # Logging may change between two starts; whatever decides a state may not.
         config = {name: v for name, v in build.config.to_dict().items() if name != "tensorboard"}
         settings = {"stage": stage, "config": config}

@@ -72,6 +72,7 @@ def base() -> ml_collections.ConfigDict:
     config.distill.kd_ratio = 0.0  # kd, seqkd: share of the teacher's distribution in the loss
     # MiniLLM alone, from here on.
     config.distill.rollouts = 256  # responses per collection
+    config.distill.collect_batch = 0  # most of them written at once, over all devices; 0: all
     config.distill.inner_epochs = 4  # passes over a collection
     config.distill.estimator = "corrected"  # or paper, lmops: docs/method.md
     config.distill.alpha = 0.2  # the teacher's share of the sampling mixture

@@ -269,6 +269,7 @@ class Builder:
             *self.optimizer("distill"),
             policy=recipe.policy(self.section("distill")),
             mixing=self.mixing(),
+            collect_batch=self.config.distill.collect_batch,
             corpus=CorpusLoss(c.coefficient, c.kd_ratio) if c.files and c.coefficient else None,
             **self._common(self.student_checkpoint.config, "distill"),
         )

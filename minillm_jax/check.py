@@ -16,7 +16,12 @@ _LEAST = (
     | {f"{stage}.batch_size": 1 for stage in _SECTIONS}
     | {f"{stage}.{name}": 0 for stage in _SECTIONS for name in _FROM_0}
     | {f"distill.{name}": 1 for name in ("rollouts", "inner_epochs", "chunk")}
-    | {"answers.batch_size": 1, "evaluate.batch_size": 1, "teacher_sft.steps": 0}
+    | {
+        "distill.collect_batch": 0,
+        "answers.batch_size": 1,
+        "evaluate.batch_size": 1,
+        "teacher_sft.steps": 0,
+    }
     | {"data.max_prompt": 1, "data.max_response": 1, "data.limit": 0, "answers.limit": 0}
     | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "answers.temperature": 0}
     | {"corpus.coefficient": 0}
@@ -58,6 +63,11 @@ def check(config: Any) -> None:
         raise InputError(
             f"config.distill.rollouts={d.rollouts} is not a multiple of "
             f"config.distill.batch_size={d.batch_size}: change one of them"
+        )
+    if config.method == "minillm" and d.collect_batch and d.rollouts % d.collect_batch:
+        raise InputError(
+            f"config.distill.rollouts={d.rollouts} is not a multiple of "
+            f"config.distill.collect_batch={d.collect_batch}: change one of them"
         )
     if not 0.0 <= d.alpha <= 1.0:
         raise InputError(f"config.distill.alpha={d.alpha}: the teacher's share is between 0 and 1")

@@ -121,6 +121,8 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
         ("distill.estimator", "mine", "config.distill.estimator='mine': "),
         ("distill.gamma", 2.0, "config.distill.gamma=2.0"),
         ("distill.batch_size", 3, "is not a multiple of config.distill.batch_size=3"),
+        ("distill.collect_batch", 3, "is not a multiple of config.distill.collect_batch=3"),
+        ("distill.collect_batch", -1, "config.distill.collect_batch=-1: give"),
         ("method", "gkd", "config.method='gkd': choose from minillm, sft, kd, seqkd"),
         ("answers.source", "gold", "config.answers.source='gold': choose from teacher, data"),
         ("answers.source", "data", "train.jsonl:1: no output; give config.data.train a JSONL file"),

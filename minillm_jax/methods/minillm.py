@@ -11,6 +11,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from minillm_jax.methods import Method, compiled
@@ -38,8 +39,12 @@ def method(
     dtype: str = "float32",
     shardings: Any = None,
     corpus: CorpusLoss | None = None,
+    collect_batch: int = 0,
 ) -> Method:
     """MiniLLM with `frozen` the teacher's parameters.
+
+    A collection is written `collect_batch` responses at a time (0: all), which bounds the memory of
+    the two caches; it must divide their number.
 
     With `corpus`, the batch of an update is (rollout, tokens [B', T]), B' a multiple of
     `micro_batches`; it needs not be that of the rollout.
@@ -115,8 +120,23 @@ def method(
         return state, metrics | more
 
     def collect_rollout(params: Params, frozen: Params, prompts: Sequences, key: jax.Array):
-        return collect(
-            student, teacher, params, frozen, prompts.prompt, prompts.prompt_mask, key, mixing
-        )
+        rows = prompts.prompt.shape[0]
+        size = min(collect_batch or rows, rows)
+        slices = [slice(first, first + size) for first in range(0, rows, size)]
+        keys = [key] if len(slices) == 1 else jax.random.split(key, len(slices))
+        parts = [
+            collect(
+                student,
+                teacher,
+                params,
+                frozen,
+                prompts.prompt[here],
+                prompts.prompt_mask[here],
+                its_key,
+                mixing,
+            )
+            for here, its_key in zip(slices, keys, strict=True)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
     return Method(update=compiled(update, shardings), collect=collect_rollout)

@@ -79,6 +79,21 @@ def sampled_reverse_kl(name, params):
     return float(method(name).update(start(params), P, found)[1]["reverse_kl"])
 
 
+def test_a_collection_in_slices_is_each_slice_in_its_place():
+    options = {"policy": PRESETS["corrected"], "mixing": MIXING}
+    sliced: Any = minillm.method(STUDENT, TEACHER, SGD, lambda _: 0.1, **options, collect_batch=8)
+    key = jax.random.key(0)
+    found = sliced.collect(Q, P, PROMPTS, key)
+    for part, its_key in enumerate(jax.random.split(key, 4)):
+        rows = slice(8 * part, 8 * part + 8)
+        given = PROMPTS.prompt[rows], PROMPTS.prompt_mask[rows]
+        alone = collect(STUDENT, TEACHER, Q, P, *given, its_key, MIXING)
+        jax.tree.map(lambda x, y, r=rows: np.testing.assert_array_equal(x[r], y), found, alone)
+    assert not np.array_equal(found.response[:8], found.response[8:16])
+    whole: Any = minillm.method(STUDENT, TEACHER, SGD, lambda _: 0.1, **options, collect_batch=32)
+    jax.tree.map(np.testing.assert_array_equal, whole.collect(Q, P, PROMPTS, key), rollout())
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_reverse_kl_falls_on_fresh_samples(name):
     made, state, teacher = method(name), start(Q), jax.tree.map(np.array, P)

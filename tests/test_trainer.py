@@ -88,7 +88,7 @@ class Recorder:
         assert int(state.step) == step
         self.saved.append((step, rollout is not None))
 
-    def fit(self, schedule, *, collects, step=0, **options):
+    def fit(self, schedule, *, collects, step=0, **options: Any):
         method = Method(self.update, self.collect if collects else None)
         options = {"seed": 5} | options
         return fit(method, counters(step), "teacher", self, schedule, self.hooks, **options)

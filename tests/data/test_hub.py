@@ -24,10 +24,10 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+    from datasets import config, disable_progress_bars
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    disable_progress_bars()
 
 
 def folder(path: Path, rows: list[dict], split: str = "train") -> str:
@@ -84,10 +84,10 @@ def test_a_data_set_without_training_rows_is_refused(tmp_path: Path):
 
 def at(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     """Let the Hub be there, and no waiting between tries."""
-    import datasets
     import huggingface_hub
+    from datasets import config
 
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+    monkeypatch.setattr(config, "HF_ENDPOINT", endpoint)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -55,7 +55,8 @@ def test_the_true_size_is_that_of_the_tokens(shared: Path, gpt2: Tokenizer, tmp_
     opt = load_tokenizer(shared / "tokenizers/opt")
     assert compare_vocabularies(opt, opt) == opt.vocab_size == 50265
     turns = ["<|im_start|>", "<|im_end|>", "<|vision_start|>"]
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
     base = with_added(shared, tmp_path / "a", turns[:2], special=True)
     more = with_added(shared, tmp_path / "b", turns, special=True)
     assert compare_vocabularies(base, more) == compare_vocabularies(more, base) == 50259
@@ -72,7 +73,8 @@ def test_two_vocabularies_are_refused_with_the_first_ids_that_differ(
     assert "gpt2" in message and "opt" in message and "\n" not in message
     assert message.endswith("teacher and student must share one vocabulary: choose another pair")
 
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
     one = with_added(shared, tmp_path / "a", ["<|im_start|>", "<|im_end|>"], special=True)
     two = with_added(shared, tmp_path / "b", ["<|im_start|>", "<|end|>"], special=True)
     with pytest.raises(InputError, match=r"1 token ids, first 50258 \('<\|im_end\|>' and '<\|end"):

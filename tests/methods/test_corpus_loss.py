@@ -21,7 +21,7 @@ from tests.methods.array_sizes import largest_with
 from tests.methods.test_minillm import MIXING, SGD, STUDENT, TEACHER, VOCAB, P, Q, rollout, start
 from tests.toy_models import toy
 
-BLOCKS = np.random.default_rng(0).integers(0, VOCAB, (8, 12), dtype=np.int32)
+BLOCKS = jax.random.randint(jax.random.key(0), (8, 12), 0, VOCAB)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,7 +54,7 @@ def of_full_logits(params, kd_ratio):
     """L_PT as it is written: logits of every slot of both models, mean over all but the last."""
 
     def scores(config, params):
-        hidden = hidden_states(config, params, BLOCKS, np.ones(BLOCKS.shape, bool))
+        hidden = hidden_states(config, params, BLOCKS, jnp.ones(BLOCKS.shape, bool))
         return logits(head(config, params), hidden)[:, :-1, :VOCAB]
 
     q, p = scores(STUDENT, params), scores(TEACHER, P)
@@ -103,10 +103,11 @@ def test_the_teacher_reads_the_corpus_only_for_its_share():
 
 def test_no_logits_of_a_corpus_batch_exist():
     size, blocks = 97, np.ones((16, 80), np.int32)
-    models = (dataclasses.replace(c, vocab_size=size) for c in (STUDENT, TEACHER))
+    student, teacher = (dataclasses.replace(c, vocab_size=size) for c in (STUDENT, TEACHER))
     mixing = dataclasses.replace(MIXING, vocab=size)
-    made = minillm.method(
-        *models,
+    made: Any = minillm.method(
+        student,
+        teacher,
         SGD,
         lambda count: 0.1,
         policy=PRESETS["corrected"],

@@ -97,8 +97,8 @@ def test_neither_micro_batches_nor_padding_slots_change_anything():
 
 def test_no_logits_of_a_batch_exist():
     size, rows, slots = 97, 8, 80
-    models = (dataclasses.replace(c, vocab_size=size) for c in (STUDENT, TEACHER))
-    made = kd.method(*models, SGD, lambda count: 0.1, vocab=size, kd_ratio=0.5)
+    student, teacher = (dataclasses.replace(c, vocab_size=size) for c in (STUDENT, TEACHER))
+    made = kd.method(student, teacher, SGD, lambda count: 0.1, vocab=size, kd_ratio=0.5)
     q, p = toy(0, vocab=size)[1], toy(1, vocab=size, layers=1, width=24)[1]
     found = largest_with(size, made.update, start(q), p, batch(rows, slots))
     assert 0 < found < rows * slots * size

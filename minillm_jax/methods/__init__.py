@@ -18,7 +18,7 @@ Update = Callable[[TrainState, Any, Any], tuple[TrainState, Mapping[str, jax.Arr
 Collect = Callable[[Params, Any, Sequences, jax.Array], Any]
 
 
-def compiled(update: Update, shardings: Any = None) -> Update:
+def compiled(update: Callable, shardings: Any = None) -> Update:
     """Jit an update: its state is donated and returned as a state laid out by `shardings`.
 
     `shardings` is that of `train_state.state_shardings`; None leaves the layout to the compiler.

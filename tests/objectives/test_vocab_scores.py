@@ -250,15 +250,16 @@ def test_no_array_of_the_whole_vocabulary_persists(entry):
 def test_mixed_cross_entropy_is_that_of_the_full_logits(kd_ratio):
     """With a teacher, and for a share of 0 without one: values and gradients of `token.corpus`."""
     with jax.enable_x64(True):
-        args = inputs(dtype=np.float64)
-        teacher = args[3:6] if kd_ratio else (None, None, None)
+        args: tuple = inputs(dtype=np.float64)
+        teacher: tuple = args[3:6] if kd_ratio else (None, None, None)
         weight = jnp.asarray(WEIGHT, jnp.float64)
 
         def loss(scores, weight, mask):
             return weight * vocab.mixed_cross_entropy(scores, kd_ratio)
 
         def blocks(*q):
-            return vocab.loss_sum(loss, *q, *teacher, *args[6:], weight, block=8)[0]
+            given: Any = (loss, *q, *teacher, *args[6:], weight)
+            return vocab.loss_sum(*given, block=8)[0]
 
         def recomputed(*q):
             scores = vocab.scores(*q, *teacher, *args[6:], block=8)

@@ -74,7 +74,7 @@ def further_sft(seed: int, workdir: Path) -> None:
     config.sft.evaluate_every = max(config.sft.steps // 6, 1)
     config.sft.save_every = 10**9
     with MetricsWriter(workdir) as metrics:
-        run = Run(Builder(config), workdir, metrics)
+        run = Run(Builder(config, workdir), workdir, metrics)
         start = run.build.student(run.model("student_sft"))
         outcome = fine_tune(run, "further_sft", start, seconds=seconds)
         run.build.seed = seed  # the samples of the other models

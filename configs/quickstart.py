@@ -22,17 +22,18 @@ def get_config(arg: str = ""):
     config.student.keep_layers = tuple(range(12)) + tuple(range(18, 30))
     config.data.max_prompt = 76  # the longest of the packaged prompts has 75 tokens
 
-    config.answers.limit = 256
+    config.answers.limit = 192
     config.answers.batch_size = 64
 
-    config.sft.steps = 20
+    # Short: the validation loss hardly falls after ten updates.
+    config.sft.steps = 12
     config.sft.batch_size = 8
     config.sft.learning_rate = 1e-4
-    config.sft.warmup = 4
+    config.sft.warmup = 2
     config.sft.schedule = "cosine"
-    config.sft.evaluate_every = config.sft.save_every = 10
+    config.sft.evaluate_every = config.sft.save_every = 6
 
-    config.distill.steps = 32
+    config.distill.steps = 24
     config.distill.batch_size = 8
     config.distill.rollouts = 64
     config.distill.inner_epochs = 1
@@ -40,10 +41,10 @@ def get_config(arg: str = ""):
     config.distill.gamma = 1.0
     config.distill.cliprange = 0.0
     config.distill.whiten = "center"
-    config.distill.learning_rate = 1e-4
+    config.distill.learning_rate = 5e-5
     config.distill.warmup = 2
     config.distill.schedule = "cosine"
-    config.distill.evaluate_every = config.distill.save_every = 16
+    config.distill.evaluate_every = config.distill.save_every = 12
 
     config.evaluate.batch_size = 64
     config.evaluate.prompts = 64

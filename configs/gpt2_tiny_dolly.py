@@ -3,12 +3,14 @@
     python -m minillm_jax.main --config configs/gpt2_tiny_dolly.py
 
 Real text and a real tokenizer at sizes for two CPU cores: it shows that learning works in a family
-whose weights no package index carries. Needs the folder of real data: `$MINILLM_SHARED`, or
-`shared` beside the checkout. It says nothing about models of a useful size.
+whose weights no package index carries. It says nothing about models of a useful size. The data is
+dolly from the Hub, divided as the paper's, or local: `data/dolly/{train.jsonl.gz,dev.jsonl}`,
+`data/eval/dolly.jsonl` and `tokenizers/gpt2` in `$MINILLM_SHARED`, or in `shared` beside the
+checkout. Without that tokenizer it makes a small one.
 """
 
 from configs.common import base
-from configs.paper import arguments, shared, tiny
+from configs.paper import DOLLY, arguments, shared, tiny
 
 TEACHER, STUDENT = "gpt2-4x128", "gpt2-2x64"
 
@@ -21,9 +23,11 @@ def get_config(arg: str = ""):
     config.method = method
     config.teacher.path, config.student.path = f"scratch:{TEACHER}", f"scratch:{STUDENT}"
     data = shared() / "data"
-    config.data.train = str(data / "dolly" / "train.jsonl.gz")
-    config.data.validation = str(data / "dolly" / "dev.jsonl")
-    config.data.test = str(data / "eval" / "dolly.jsonl")
+    config.data.train = config.data.validation = config.data.test = DOLLY
+    if (data / "dolly" / "train.jsonl.gz").is_file():
+        config.data.train = str(data / "dolly" / "train.jsonl.gz")
+        config.data.validation = str(data / "dolly" / "dev.jsonl")
+        config.data.test = str(data / "eval" / "dolly.jsonl")
     config.data.template = "alpaca"
     config.data.max_prompt, config.data.max_response = 64, 32  # the template takes 35
     config.data.long_prompts = "drop"

@@ -17,7 +17,8 @@ from configs.common import METHODS, base
 DOLLY = "hub:databricks/databricks-dolly-15k"
 # The paper's corpus for GPT-2. That of OPT and LLaMA was never released as text; its authors say
 # that the mixture hardly matters, and less than one epoch of it is used.
-CORPUS = "hub:Skylion007/openwebtext"
+# The branch is the Hub's own conversion of a data set that is a program.
+CORPUS = "hub:Skylion007/openwebtext@refs/convert/parquet"
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ def pair(
     schedule: str = "constant",
     template: str = "alpaca",
     sharded: bool = True,
+    remat: bool = True,
 ) -> Any:
     """The settings of `teacher` into the student that `arg` names, by the method that it names.
 
     `sharded` splits parameters over all devices: a model of 6B with its moments fits none alone.
+    `remat` is the reference's gradient checkpointing, which it has for all but GPT-2.
     """
     chosen, method, small = arguments(arg, tuple(students))
     student = students[chosen]
@@ -101,6 +104,8 @@ def pair(
         minillm(config.distill, student, schedule)
         config.corpus.files = (CORPUS,)
         config.corpus.kd_ratio = 0.0  # the paper's L_PT; the reference has 0.5
+    for stage in (config.teacher_sft, config.sft, config.distill):
+        stage.remat = remat
     if sharded:
         config.mesh.data, config.mesh.fsdp = 1, -1
     if small:
@@ -137,6 +142,14 @@ def minillm(stage: Any, side: Side, schedule: str) -> None:
     stage.b2 = 0.95
     stage.clip_norm = 1.0
     stage.alpha = 0.2  # the paper: works in every family
+    # The reference's numbers, in the estimator that does not depend on padding or batch split.
+    stage.estimator = "corrected"
+    stage.gamma = 0.95
+    stage.reward_scaling = 0.5  # no matter: the advantages are whitened
+    stage.reward_clip = 100.0
+    stage.cliprange = 0.2
+    stage.length_norm = stage.single_step = True
+    stage.whiten = "full"
     stage.evaluate_every = 100
     stage.save_every = 500
     stage.keep = "rouge_l"  # on the validation set, sampled at temperature 1
@@ -169,7 +182,7 @@ def tiny(config: Any, teacher: str, student: str) -> None:
         stage.steps, stage.epochs, stage.batch_size, stage.micro_batch = 2, 0.0, 8, 4
         stage.evaluate_every = 2
     config.teacher_sft.epochs = 1.0
-    config.distill.warmup, config.distill.save_every = 1, 2
+    config.sft.warmup, config.distill.warmup, config.distill.save_every = 0, 1, 2
     if config.method == "minillm":
         config.distill.steps, config.distill.rollouts, config.distill.inner_epochs = 4, 16, 1
         config.distill.collect_batch = 8

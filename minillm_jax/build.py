@@ -5,12 +5,10 @@ sections and for data. Below these files there are frozen dataclasses and keywor
 """
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
@@ -20,6 +18,7 @@ from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tok
 from minillm_jax.dataset import SPLITS, Data
 from minillm_jax.methods import Method, kd, minillm, sft
 from minillm_jax.methods.corpus import CorpusLoss
+from minillm_jax.modelfiles import Model
 from minillm_jax.models import DecoderConfig, abstract_params, logical_axes
 from minillm_jax.models.fetch import resolve
 from minillm_jax.models.hf import Stored, open_model
@@ -28,21 +27,7 @@ from minillm_jax.rollout import Mixing, Warp
 from minillm_jax.sharding import make_mesh, tree_shardings
 from minillm_jax.train_state import TrainState, abstract_state, state_shardings
 from minillm_jax.trainer import Schedule
-from minillm_jax.types import InputError, Params
-
-
-@dataclass(frozen=True)
-class Model:
-    """A decoder with its parameters on the devices; `hf_config` is what an export needs."""
-
-    config: DecoderConfig
-    params: Params
-    hf_config: dict[str, Any]
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params))
+from minillm_jax.types import InputError
 
 
 class Builder:
@@ -171,8 +156,8 @@ class Builder:
         models = (self.teacher_checkpoint.config, self.student_checkpoint.config)
         return min(self.tokenizer.vocab_size, *(model.vocab_size for model in models))
 
-    def preflight(self) -> None:
-        """Read all that a run reads, so that what is bad is found before anything is written.
+    def preflight(self, stages: Collection[str]) -> None:
+        """Read all that these stages read, so that what is bad is found before anything is written.
 
         Raises:
             InputError: rows, prompts, vocabularies or weights that do not fit.
@@ -182,8 +167,6 @@ class Builder:
             if self.outline.answers == "data" or (self.outline.tunes_teacher and split != "test"):
                 self.data.gold(split)
         self.data.more_tests()
-        if self.outline.method == "minillm":
-            self.data.corpus()
         ids = (max(prompt.prompt) for split in SPLITS for prompt in self.data.prompts(split))
         largest = max(self.tokenizer.eos_id, *ids)
         for who, checkpoint in (
@@ -201,6 +184,9 @@ class Builder:
                     f"the tokenizer makes the id {largest}, the {who} has {model.vocab_size} ids: "
                     f"{checkpoint.path} and its tokenizer do not belong together"
                 )
+        # Last, for it may take long, and keeps what it has read.
+        if self.outline.method == "minillm" and "distill" in stages:
+            self.data.corpus()
 
     @functools.cached_property
     def data(self) -> Data:
@@ -291,6 +277,7 @@ class Builder:
         return {
             "micro_batches": self.micro_batches(name),
             "dtype": self.config.student.dtype,
+            "remat": self.section(name)["remat"],
             "shardings": state_shardings(self.abstract_state(model, name)),
         }
 
@@ -304,7 +291,13 @@ class Builder:
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
             vocab=self.vocab,
+            dtype=self.config.student.dtype,
         )
+
+    def arithmetic(self, model: Model) -> str:
+        """The dtype in which a model reads and writes."""
+        is_teacher = model is self._made.get("teacher")
+        return self.config.teacher.dtype if is_teacher else self.config.student.dtype
 
     def generation(self, warp: Warp) -> dict[str, Any]:
         """Keyword arguments of `generate`."""

@@ -1,5 +1,7 @@
 """The data of an experiment, as its config has it: rows, prompts, answers, batches of them."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,12 +153,20 @@ class Data:
             made = f"{scratch.PREFIX}text"
             folder = self.workdir / "scratch"
             files = [scratch.text(folder) if file == made else file for file in c.files]
+            length = d.max_prompt + d.max_response
+            wanted = self.config.distill.steps * self.config.distill.batch_size
+            most = min(wanted, corpus_lib.MOST_BLOCKS)
+            models = [self.config[who].path for who in ("teacher", "student")]
+            which = json.dumps([list(map(str, files)), length, most, models])
+            digest = hashlib.sha256(which.encode()).hexdigest()[:12]
             return corpus_lib.batches(
                 files,
                 self.tokenizer,
                 batch_size=self.config.distill.batch_size,
-                length=d.max_prompt + d.max_response,
+                length=length,
                 seed=self.seed,
+                most_blocks=most,
+                kept=self.workdir / f"corpus-{digest}.npy",
             )
 
         return self._once("corpus", make)

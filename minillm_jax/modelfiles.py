@@ -1,15 +1,31 @@
-"""Models on disk: folders in the Hugging Face layout with weights, config and tokenizer."""
+"""A model on the devices; and on disk, in the Hugging Face layout with config and tokenizer."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
-from minillm_jax.build import Model
 from minillm_jax.data.tokenizer import Tokenizer
-from minillm_jax.models import hf
+from minillm_jax.models import DecoderConfig, hf
 from minillm_jax.models.fetch import is_remote, resolve
-from minillm_jax.types import InputError
+from minillm_jax.types import InputError, Params
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder with its parameters on the devices; `hf_config` is what an export needs."""
+
+    config: DecoderConfig
+    params: Params
+    hf_config: dict[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params))
 
 
 def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
@@ -21,7 +37,7 @@ def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     part, old = _part(folder), _old(folder)
     recover(folder)
     try:
-        hf.save(part, model.config, jax.device_get(model.params), model.hf_config)
+        hf.save(part, model.config, model.params, model.hf_config)
         tokenizer.save(part)
         if folder.exists():
             folder.rename(old)

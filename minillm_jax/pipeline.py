@@ -99,7 +99,7 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
     if "teacher_sft" in stages and is_done(workdir, stages, "teacher_sft"):
         build.follow(tuned)
     if set(to_do) - {"report"}:
-        build.preflight()
+        build.preflight(to_do)
     with MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
         run = Run(build, workdir, metrics)
         if not (workdir / "config.json").exists():

@@ -30,7 +30,7 @@ def assert_equal_trees(found, wanted):
 
 
 def test_configs_and_checks_read_no_weight(builder, opened):
-    builder.preflight()
+    builder.preflight(("distill",))
     assert (builder.teacher_checkpoint.config.layers, builder.student_checkpoint.config.layers) == (
         2,
         1,

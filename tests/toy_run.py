@@ -71,9 +71,9 @@ def write_teacher(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs in this process use one of the eight devices: less to compile."""
-    mesh = functools.partial(build.make_mesh, devices=jax.devices()[:1])
+def one_device(monkeypatch: pytest.MonkeyPatch, devices: int = 1) -> None:
+    """Let runs in this process use one of the eight devices, or so many: less to compile."""
+    mesh = functools.partial(build.make_mesh, devices=jax.devices()[:devices])
     monkeypatch.setattr(build, "make_mesh", mesh)
 
 

@@ -61,17 +61,20 @@ def batches(
     length: int,
     seed: int,
     most_blocks: int = MOST_BLOCKS,
+    kept: Path | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Tokenise text once, keep it in memory, and shuffle its blocks anew in every epoch.
+    """Tokenise text once, keep its blocks, and shuffle them anew in every epoch.
 
     Args:
         paths: files of `documents`, or `hub:OWNER/NAME[@REVISION]` with a field `text`, which is
-            read as far as it is needed (`hub:Skylion007/openwebtext` is the paper's for GPT-2).
+            read as far as it is needed (OpenWebText is the paper's for GPT-2).
         batch_size: blocks of all processes; each gets its consecutive share.
         length: tokens of a block.
         most_blocks: reading stops there.
+        kept: a file for the blocks. What it holds is taken as it is: a run that goes on needs
+            neither the text nor a network, and sees the same blocks.
 
     Raises:
         InputError: as `documents` and `hub.records`; no field `text`; less text than one block;
@@ -82,13 +85,22 @@ def batches(
             f"corpus: batch size {batch_size} and length {length}; they must be at least 1 and 2, "
             f"and the batch size a multiple of {process_count} processes"
         )
-    blocks = pack(_all_documents(paths, tokenizer), tokenizer, length, most_blocks)
+    if kept is not None and kept.exists():
+        blocks = np.load(kept, mmap_mode="r", allow_pickle=False)
+    else:
+        blocks = pack(_all_documents(paths, tokenizer), tokenizer, length, most_blocks)
     if not len(blocks):
         names = ", ".join(map(str, paths)) or "no file"
         raise InputError(
             f"corpus: {names} holds less than one block of {length} tokens; give more text, or "
             "lower the length of a block"
         )
+    if kept is not None and not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_name(kept.name + ".part")
+        with part.open("wb") as file:
+            np.save(file, blocks)
+        part.replace(kept)
     # Seeded through `seed`, as in `loader.batches`.
     order = grain.MapDataset.range(len(blocks)).seed(seed).shuffle().repeat()
     return Batches(blocks, order, batch_size, process_index, process_count)

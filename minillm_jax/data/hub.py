@@ -48,9 +48,14 @@ def records(source: str, *, instead: str, streaming: bool = False) -> Iterator[d
             f"`hf auth login` if it needs access; or {instead}"
         ) from error
     except OSError as error:  # that of the network, which `datasets` raises as ConnectionError
+        # Its text may hold a signed address, so only its kind is named.
         raise InputError(
-            f"{source}: not in the cache, and the Hub cannot be read ({_first_line(error)}); "
+            f"{source}: not in the cache, and the Hub cannot be read ({type(error).__name__}); "
             f"download it from {SITE}/{name} where there is a network, and {instead}"
+        ) from error
+    except RuntimeError as error:  # data sets that are a program, which `datasets` does not run
+        raise InputError(
+            f"{source}: {_first_line(error)}; try {PREFIX}{name}@refs/convert/parquet, or {instead}"
         ) from error
     except (ValueError, exceptions.DatasetsError) as error:
         raise InputError(f"{source}: {_first_line(error)}; correct it, or {instead}") from error

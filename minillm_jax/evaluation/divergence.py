@@ -6,8 +6,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from minillm_jax.models import DecoderConfig, head, logits
-from minillm_jax.objectives import reduce, token, vocab
+from minillm_jax.models import DecoderConfig, head
+from minillm_jax.objectives import reduce, vocab
 from minillm_jax.rollout import response_states
 from minillm_jax.types import Params, Sequences
 
@@ -15,7 +15,7 @@ from minillm_jax.types import Params, Sequences
 KEYS = ("reverse_kl", "forward_kl", "log_q", "log_p", "entropy")
 
 
-@partial(jax.jit, static_argnames=("student", "teacher", "size"))
+@partial(jax.jit, static_argnames=("student", "teacher", "size", "dtype"))
 def sums(
     student: DecoderConfig,
     teacher: DecoderConfig,
@@ -23,18 +23,22 @@ def sums(
     teacher_params: Params,
     batch: Sequences,
     size: int,
+    dtype: str = "float32",
 ) -> dict[str, jax.Array]:
     """Sums over the tokens of each response, [B] each, and their number as `tokens`.
 
     `reverse_kl` is KL[q || p], `forward_kl` KL[p || q], exact over the first `size` ids at every
-    position of the response, both models reading the same prefix.
+    position of the response, both models reading the same prefix; the student in `dtype`, the
+    teacher in that of its parameters.
     """
     q_head, p_head = head(student, params), head(teacher, teacher_params)
     score = vocab.scores(
-        response_states(student, params, batch),
+        response_states(student, params, batch, dtype=dtype),
         q_head.weight,
         q_head.bias,
-        response_states(teacher, teacher_params, batch),
+        response_states(
+            teacher, teacher_params, batch, dtype=teacher_params["embed"]["tokens"].dtype
+        ),
         p_head.weight,
         p_head.bias,
         batch.response,
@@ -46,12 +50,16 @@ def sums(
     return rows | {"tokens": mask.sum(axis=1)}
 
 
-@partial(jax.jit, static_argnames=("config", "size"))
-def answer_nll(config: DecoderConfig, params: Params, batch: Sequences, size: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("config", "size", "dtype"))
+def answer_nll(
+    config: DecoderConfig, params: Params, batch: Sequences, size: int, dtype: str = "float32"
+) -> jax.Array:
     """-log q summed over each given response, [B], over the first `size` ids."""
-    hidden = response_states(config, params, batch)
-    nll = token.cross_entropy(logits(head(config, params), hidden)[..., :size], batch.response)
-    return reduce.keep(nll, batch.response_mask).sum(axis=1)
+    hidden, mask = response_states(config, params, batch, dtype=dtype), batch.response_mask
+    top = head(config, params)
+    alone = (hidden, top.weight, top.bias, None, None, None, batch.response)
+    log_q = vocab.scores(*alone, mask=mask, vocab_size=size)["log_q"]
+    return -reduce.keep(log_q, mask).sum(axis=1)
 
 
 def per_token(rows: dict[str, np.ndarray], name: str) -> tuple[float, float]:

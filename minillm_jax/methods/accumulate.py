@@ -35,7 +35,11 @@ def gradients(
         grads, pairs = grad(params, batch)
     else:
         micro = jax.tree.map(
-            lambda x: x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:]), batch
+            # Every micro-batch takes rows of every device, which hold consecutive ones.
+            lambda x: jnp.swapaxes(
+                x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1
+            ),
+            batch,
         )
 
         def step(carry, one):

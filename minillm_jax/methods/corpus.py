@@ -41,15 +41,16 @@ def sums(
     *,
     size: int,
     dtype: str,
+    remat: bool = False,
 ) -> reduce.Pair:
     """(sum, count) of L_PT over the targets of full blocks; the teacher runs only if k > 0.
 
     The teacher's arithmetic is in the type of its parameters, as in a collection.
     """
 
-    def read(config, params, dtype):
+    def read(config, params, dtype, remat=False):
         # The last state predicts what is beyond the block.
-        return hidden_states(config, params, tokens, real, dtype=dtype)[:, :-1]
+        return hidden_states(config, params, tokens, real, dtype=dtype, remat=remat)[:, :-1]
 
     real = jnp.ones(tokens.shape, bool)
     states = None
@@ -58,7 +59,7 @@ def sums(
     return cross_entropy.sums(
         student,
         params,
-        read(student, params, dtype),
+        read(student, params, dtype, remat),
         tokens[:, 1:],
         real[:, 1:],
         size=size,

@@ -31,6 +31,7 @@ def method(
     micro_batches: int = 1,
     dtype: str = "float32",
     shardings: Any = None,
+    remat: bool = False,
     teacher_dtype: str = "float32",
     dropout_seed: int | None = None,
 ) -> Method:
@@ -39,6 +40,7 @@ def method(
     Args:
         dtype, teacher_dtype: of the arithmetic of the two models.
         shardings: of the state, for `compiled`.
+        remat: compute the student's layers again in the backward pass.
         dropout_seed: train with the student's dropout, its keys from this seed; None: without.
             The teacher has none.
 
@@ -56,7 +58,7 @@ def method(
         return cross_entropy.sums(
             student,
             params,
-            response_states(student, params, given, dtype=dtype, dropout_key=key),
+            response_states(student, params, given, dtype=dtype, remat=remat, dropout_key=key),
             given.response,
             given.response_mask,
             size=vocab,

@@ -38,6 +38,7 @@ def method(
     micro_batches: int = 1,
     dtype: str = "float32",
     shardings: Any = None,
+    remat: bool = False,
     corpus: CorpusLoss | None = None,
     collect_batch: int = 0,
 ) -> Method:
@@ -56,7 +57,7 @@ def method(
     def loss_sums(params: Params, frozen: Params, batch: Any, share: Any):
         rollout, targets, text = batch
         mask = rollout.response_mask
-        hidden = response_states(student, params, rollout, dtype=dtype)
+        hidden = response_states(student, params, rollout, dtype=dtype, remat=remat)
         q_head, p_head = head(student, params), head(teacher, frozen)
         with jax.named_scope("vocabulary"):
             summed, score = vocab.loss_sum(
@@ -91,7 +92,8 @@ def method(
             with jax.named_scope("corpus"):
                 models = student, teacher, params, frozen
                 size = mixing.vocab
-                found = corpus_lib.sums(corpus, *models, text, size=size, dtype=dtype)
+                options = {"size": size, "dtype": dtype, "remat": remat}
+                found = corpus_lib.sums(corpus, *models, text, **options)
             summed += corpus.coefficient * share * found.sum
             pairs |= {"loss": reduce.Pair(summed, counted.count), "corpus_loss": found}
         return pairs

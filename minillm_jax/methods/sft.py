@@ -25,6 +25,7 @@ def method(
     micro_batches: int = 1,
     dtype: str = "float32",
     shardings: Any = None,
+    remat: bool = False,
     dropout_seed: int | None = None,
 ) -> Method:
     """SFT of a student over its first `vocab` ids; `frozen` is not used.
@@ -32,13 +33,15 @@ def method(
     Args:
         dtype: of the arithmetic.
         shardings: of the state, for `compiled`.
+        remat: compute the layers again in the backward pass.
         dropout_seed: train with the model's dropout, its keys from this seed; None: without.
     """
 
     def loss_sums(params: Params, batch: Any) -> dict[str, reduce.Pair]:
         given, keys = batch
         key = None if keys is None else keys[0]
-        hidden = response_states(config, params, given, dtype=dtype, dropout_key=key)
+        options = {"dtype": dtype, "remat": remat, "dropout_key": key}
+        hidden = response_states(config, params, given, **options)
         labels, mask = given.response, given.response_mask
         found = cross_entropy.sums(config, params, hidden, labels, mask, size=vocab)
         return {"loss": found["loss"]}

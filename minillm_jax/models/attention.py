@@ -3,6 +3,8 @@
 No parameters are here, and no cache: `decoder.py` projects, `cache.py` stores.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,11 @@ def attend(
     v: jax.Array,  # [B, K, S, h]
     mask: jax.Array,  # [B, T, S] bool, True where the query may see the key
     scale: float,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Return softmax(scale q k^T) v over the keys that `mask` allows, [B, K, G, T, h] like `q`.
+
+    `drop` is the dropout of the weights.
 
     Heads lead time on both sides, so that each (batch, kv head) is one matrix product and grouped
     heads share their keys without a copy. The softmax is in float32 whatever the inputs are.
@@ -30,6 +35,7 @@ def attend(
     scores = jnp.einsum("bkth,bksh->bkts", folded, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(*q.shape[:4], k.shape[2]) * scale
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1)
+    weights = weights if drop is None else drop(weights)
     weights = weights.reshape(scores.shape[0], scores.shape[1], groups * steps, -1)
     return jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v).reshape(q.shape)
 

@@ -62,7 +62,9 @@ class DecoderConfig:
     mlp_bias: bool = False
     head_bias: bool = False
     tied_head: bool = True
-    dropout: float = 0.0  # of the embeddings and of both branches of every layer
+    dropout: float = 0.0  # of the output of both branches of every layer
+    embed_dropout: float = 0.0  # of the input of the layers
+    attention_dropout: float = 0.0  # of the attention weights
 
     def __post_init__(self):
         """Fill in the derived widths and refuse a description that fits no decoder."""
@@ -97,5 +99,6 @@ class DecoderConfig:
             raise ValueError(f"windows must be None or at least 1, not {self.windows}")
         if self.parallel_residual and not self.norm_first:
             raise ValueError("parallel_residual needs norm_first")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        for name in ("dropout", "embed_dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")

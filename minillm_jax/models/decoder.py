@@ -40,7 +40,7 @@ class Decoder(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.param_dtype, self.train)
-        self.drop = nn.Dropout(c.dropout, deterministic=not self.train)
+        self.drop = nn.Dropout(c.embed_dropout, deterministic=not self.train)
         if c.norm_first:
             self.final_norm = Norm(c.norm, c.norm_eps, self.param_dtype)
         if c.embed_width != c.width:

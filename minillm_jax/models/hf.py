@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 from numpy.typing import DTypeLike
@@ -32,6 +32,7 @@ from minillm_jax.models.weights import (
 from minillm_jax.types import InputError, Params
 
 FORMAT_VERSION = 1  # of the folders written here, in the metadata of model.safetensors
+SHARD_BYTES = 5 * 10**9  # of one file of weights, as transformers writes them
 _WEIGHTS = "model.safetensors"
 
 __all__ = ["Checkpoint", "Stored", "keep_layers", "load", "open_model", "save"]
@@ -80,6 +81,7 @@ def save(
 ) -> None:
     """Write `params` as a folder that transformers loads; it appears complete or not at all.
 
+    The parameters may be on devices: the host holds one leaf of them and one file's tensors.
     `hf_config` is that of the checkpoint the parameters come from. Raises `InputError` when it
     does not describe `config`, when `path` exists with anything in it, and when the disk is full.
     """
@@ -89,23 +91,22 @@ def save(
     if described.layers != config.layers:
         hf_config[family.layers] = config.layers
         described = family.read(hf_config)
-    if replace(described, dropout=config.dropout) != config:
+    if described != config:
         raise InputError(f"cannot write {path}: its config.json would describe another model")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} is there already and not empty; remove it or choose another")
-    tensors = dict(disassemble(config, params, family))
     hf_config.pop("dtype", None)
-    hf_config["torch_dtype"] = str(next(iter(tensors.values())).dtype)  # read by 4.x and 5.x
+    hf_config["torch_dtype"] = str(jax.tree.leaves(params)[0].dtype)  # read by 4.x and 5.x
     hf_config["architectures"] = [family.architecture]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            metadata = {"format": "pt", "minillm_jax": str(FORMAT_VERSION)}
-            save_file(tensors, part / _WEIGHTS, metadata)
+            _write(part, disassemble(config, params, family))
             text = json.dumps(hf_config, indent=2, sort_keys=True) + "\n"
             (part / "config.json").write_text(text, encoding="utf-8")
-            (part / _WEIGHTS).chmod(0o644)  # made private, as is the folder
+            for file in part.glob("*.safetensors"):
+                file.chmod(0o644)  # made private, as is the folder
             part.chmod(0o755)
             os.replace(part, path)
         finally:
@@ -114,3 +115,33 @@ def save(
         raise InputError(
             f"cannot write {path}: {error}; free some space there or choose another folder"
         ) from error
+
+
+def _write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write one file of weights, or several of at most `SHARD_BYTES` with their index."""
+    metadata = {"format": "pt", "minillm_jax": str(FORMAT_VERSION)}
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush():
+        save_file(held, folder / f"{len(shards)}.part", metadata)
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        held[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / _WEIGHTS)
+        return
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for number, file in enumerate(files):
+        (folder / f"{number}.part").rename(folder / file)
+    where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -101,6 +101,7 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     param_dtype: DTypeLike = jnp.float32
+    train: bool = False
 
     @nn.compact
     def __call__(self, x, angles, mask, slots: Slots | None = None):
@@ -123,7 +124,8 @@ class Attention(nn.Module):
             slots = slots.write(k, v)
             k, v = slots.keys.astype(q.dtype), slots.values.astype(q.dtype)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        y = attend(q, k, v, mask, scale).transpose(0, 3, 1, 2, 4)
+        drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
+        y = attend(q, k, v, mask, scale, drop).transpose(0, 3, 1, 2, 4)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
         stddev = _INIT_STDDEV / (2 * c.layers) ** 0.5
         out = linear(c.width, ("heads", "embed"), use_bias=c.out_bias, stddev=stddev, name="o")
@@ -168,7 +170,7 @@ class Block(nn.Module):
         c = self.config
         norm = functools.partial(Norm, c.norm, c.norm_eps, self.param_dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
-        attn = Attention(c, self.param_dtype, name="attn")
+        attn = Attention(c, self.param_dtype, self.train, name="attn")
         mlp = Mlp(c, self.param_dtype, name="mlp")
         mask, distance = sight
         if window is not None:

@@ -134,7 +134,7 @@ def check(hf_config: dict[str, Any], tensors: Mapping[str, Tensor], source: Path
 
 
 def disassemble(config: DecoderConfig, params: Params, family: Family) -> Iterator[tuple[str, Any]]:
-    """Yield the HF name and the array of every tensor of `params`."""
+    """Yield the HF name and the array of every tensor of `params`, a leaf of it at a time."""
     leaves = _leaves(params)
     for path, leaf in _leaves(abstract_params(config)).items():
         found = leaves.pop(path).shape if path in leaves else "nothing"
@@ -142,10 +142,11 @@ def disassemble(config: DecoderConfig, params: Params, family: Family) -> Iterat
             raise InputError(f"params/{path} is {found}, not {leaf.shape}; match it to the config")
     if leaves:
         raise InputError(f"params/{min(leaves)} is unknown to the config; match it to the config")
-    arrays = {path: np.asarray(leaf) for path, leaf in _leaves(params).items()}
-    for weight in _weights(family, arrays):
+    leaves = _leaves(params)
+    for weight in _weights(family, leaves):
+        arrays = [np.asarray(leaves[leaf]) for leaf in weight.leaves]
         for name, layer in weight.names(config.layers):
-            parts = [arrays[leaf][... if layer is None else layer] for leaf in weight.leaves]
+            parts = [array[... if layer is None else layer] for array in arrays]
             yield name, weight.join(parts)
 
 
@@ -173,7 +174,7 @@ def _kept(
         )
     family, _ = read_config(hf_config, path)
     found = family.keep(hf_config, kept)
-    return replace(family.read(found), dropout=config.dropout), found
+    return family.read(found), found
 
 
 def _cut(tree: Params, kept: list[int]) -> Params:

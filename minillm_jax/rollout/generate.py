@@ -19,7 +19,7 @@ class Response:
     mask: jax.Array
 
 
-@partial(jax.jit, static_argnames=("config", "slots", "warp", "eos_id", "pad_id", "vocab"))
+@partial(jax.jit, static_argnames=("config", "slots", "warp", "eos_id", "pad_id", "vocab", "dtype"))
 def generate(
     config: DecoderConfig,
     params: Params,
@@ -33,20 +33,23 @@ def generate(
     pad_id: int,
     vocab: int,
     greedy: jax.Array | None = None,  # [B] bool
+    dtype: str | None = None,
 ) -> Response:
     """Answers of up to `slots` tokens, one loop on the device that ends when every row has ended.
 
     The same key gives the same tokens whatever the batch is padded to; `vocab` is the number of
     true ids, those beyond it are never drawn. The n-gram ban looks at prompt and response, as the
     paper's evaluation does, but not at padding. Rows in `greedy` take the best id at every step, so
-    that one program and one loop give sampled and greedy answers.
+    that one program and one loop give sampled and greedy answers. `dtype` is that of arithmetic and
+    cache, by default the parameters'.
     """
     rows, width = prompt.shape
     weights = unstack(config, params)
     top = head(config, params)
     uniforms = jax.random.uniform(key, (slots, rows))
-    cache = init_cache(config, rows, width + slots, params["embed"]["tokens"].dtype)
-    hidden, cache = extend(config, weights, prompt, prompt_mask, cache)
+    dtype = dtype or params["embed"]["tokens"].dtype
+    cache = init_cache(config, rows, width + slots, dtype)
+    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, dtype=dtype)
     # Left padding is given ids of its own, so that it never completes an n-gram.
     history = jnp.where(prompt_mask, prompt, -1 - jnp.arange(width)[None])
     history = jnp.pad(history, ((0, 0), (0, slots)))
@@ -63,7 +66,8 @@ def generate(
         history = jax.lax.dynamic_update_slice(history, token[:, None], (0, width + t))
         mask = jax.lax.dynamic_update_slice(mask, ~done[:, None], (0, t))
         done = done | (token == eos_id)
-        hidden, cache = extend(config, weights, token[:, None], jnp.ones((rows, 1), bool), cache)
+        here = jnp.ones((rows, 1), bool)
+        hidden, cache = extend(config, weights, token[:, None], here, cache, dtype=dtype)
         return t + 1, done, hidden[:, 0], cache, history, mask
 
     start = (

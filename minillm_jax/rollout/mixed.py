@@ -49,7 +49,8 @@ class Mixing:
     """Settings of a collection.
 
     `slots` is the response buffer N, `alpha` the teacher's share (the paper's 0.2), `chunk` the
-    most tokens that the teacher reads at once, `vocab` the number of ids true in both models.
+    most tokens that the teacher reads at once, `vocab` the number of ids true in both models,
+    `dtype` that of the student's arithmetic and cache; the teacher's is that of its parameters.
     """
 
     slots: int
@@ -58,6 +59,7 @@ class Mixing:
     eos_id: int
     pad_id: int
     vocab: int
+    dtype: str = "float32"
 
 
 @partial(jax.jit, static_argnames=("student", "teacher", "mixing"))
@@ -84,14 +86,15 @@ def collect(
 
     q_weights, q_head = unstack(student, params), head(student, params)
     p_weights, p_head = unstack(teacher, teacher_params), head(teacher, teacher_params)
-    dtype = params["embed"]["tokens"].dtype
-    teacher_dtype = teacher_params["embed"]["tokens"].dtype
+    dtype, teacher_dtype = mixing.dtype, teacher_params["embed"]["tokens"].dtype
+    read_q = partial(extend, student, q_weights, dtype=dtype)
+    read_p = partial(extend, teacher, p_weights, dtype=teacher_dtype)
     q_cache = init_cache(student, rows, width + slots, dtype)
     # The last chunk is written whole, however few of its tokens are real.
     p_cache = init_cache(teacher, rows, width + slots + chunk, teacher_dtype)
     with jax.named_scope("prefill"):
-        hidden, q_cache = extend(student, q_weights, prompt, prompt_mask, q_cache)
-        p_hidden, p_cache = extend(teacher, p_weights, prompt, prompt_mask, p_cache)
+        hidden, q_cache = read_q(prompt, prompt_mask, q_cache)
+        p_hidden, p_cache = read_p(prompt, prompt_mask, p_cache)
     states = jnp.zeros((rows, slots + chunk + 1, p_hidden.shape[-1]), p_hidden.dtype)
     states = states.at[:, 0].set(p_hidden[:, -1])
 
@@ -109,7 +112,7 @@ def collect(
             log_q = jax.lax.dynamic_update_slice(log_q, log_prob[:, None], (0, t))
             done = done | (token == mixing.eos_id)
             here = jnp.ones((rows, 1), bool)
-            hidden, cache = extend(student, q_weights, token[:, None], here, cache)
+            hidden, cache = read_q(token[:, None], here, cache)
         return t + 1, done, hidden[:, 0], cache, tokens, mask, log_q, teacher_scores
 
     def unfinished(t, done):
@@ -135,7 +138,7 @@ def collect(
         with jax.named_scope("teacher_chunk"):
             waiting = jax.lax.dynamic_slice_in_dim(tokens, first, chunk, axis=1)
             real = jnp.broadcast_to(jnp.arange(chunk)[None] < t - first, waiting.shape)
-            read, p_cache = extend(teacher, p_weights, waiting, real, p_cache, advance=t - first)
+            read, p_cache = read_p(waiting, real, p_cache, advance=t - first)
             states = jax.lax.dynamic_update_slice(states, read, (0, first + 1, 0))
         return t, done, hidden, q_cache, tokens, mask, log_q, states, p_cache
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from minillm_jax.build import Model
 from minillm_jax.data.examples import Example
 from minillm_jax.dataset import SPLITS
+from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import read_rows, write_rows
 from minillm_jax.rollout import Warp, generate
@@ -52,7 +52,7 @@ def respond_twice(
 
 def _answer(run, model, batch, counted, warp, key, greedy=None) -> Sequences:
     """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
-    options = run.build.generation(warp)
+    options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
     prompt = batch.prompt, batch.prompt_mask
     answer = generate(model.config, model.params, *prompt, key, **options, greedy=greedy)
     mask = np.asarray(answer.mask) & counted[:, None]

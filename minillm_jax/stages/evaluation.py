@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from minillm_jax.build import Model
 from minillm_jax.evaluation.divergence import per_token
 from minillm_jax.evaluation.rouge import mean_rouge_l
 from minillm_jax.evaluation.text import describe, distinct_n, loops, repetition
+from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import write_json, write_rows
 from minillm_jax.stages import Outcome, Run

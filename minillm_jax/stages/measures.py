@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from minillm_jax.build import Model
 from minillm_jax.data.examples import Example
 from minillm_jax.evaluation import divergence
 from minillm_jax.evaluation.divergence import per_token, stack
 from minillm_jax.evaluation.rouge import mean_rouge_l
+from minillm_jax.modelfiles import Model
 from minillm_jax.rollout import Warp
 from minillm_jax.stages import Run
 from minillm_jax.stages.answers import answered, references, respond, texts_of
@@ -22,7 +22,9 @@ def answer_loss(run: Run, examples: Sequence[Example], model: Model) -> float:
     """NLL per token of the answers of `examples`."""
     total = tokens = 0.0
     for batch, real in run.build.data.ordered(examples):
-        nll = divergence.answer_nll(model.config, model.params, batch, run.build.vocab)
+        nll = divergence.answer_nll(
+            model.config, model.params, batch, run.build.vocab, run.build.arithmetic(model)
+        )
         total += float(np.asarray(nll)[:real].sum())
         tokens += float(batch.response_mask[:real].sum())
     return total / max(tokens, 1)
@@ -53,7 +55,13 @@ def measure(run: Run, model: Model, batches: Any) -> dict[str, np.ndarray]:
     teacher, parts = run.build.teacher, []
     for batch, real in batches:
         found = divergence.sums(
-            model.config, teacher.config, model.params, teacher.params, batch, run.build.vocab
+            model.config,
+            teacher.config,
+            model.params,
+            teacher.params,
+            batch,
+            run.build.vocab,
+            run.build.arithmetic(model),
         )
         parts.append({name: np.asarray(value)[:real] for name, value in found.items()})
     return stack(parts)

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from minillm_jax import modelfiles, trainer
-from minillm_jax.build import Model
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
 from minillm_jax.methods import Method
+from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.sharding import batch_sharding
 from minillm_jax.stages import Outcome, Run
@@ -80,6 +80,7 @@ def train(
                     rollout=rollout,
                     seconds=seconds,
                     corpus=corpus,
+                    place=lambda batch: jax.device_put(batch, batch_sharding(build.mesh)),
                 )
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     return outcome | {"skipped": int(state.skipped), "best": progress.best}

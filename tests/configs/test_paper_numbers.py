@@ -2,13 +2,16 @@
 
 import importlib
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from configs import paper
 from configs.common import METHODS, base
-from minillm_jax import pipeline
+from minillm_jax import pipeline, recipe
 from minillm_jax.build import Builder
+from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.recipe import schedule
 from tests.toy_run import one_device
 
@@ -33,12 +36,33 @@ PAIRS = {
     "qwen2_5_7b_to_1_5b": ((1e-5, 10), "cosine", {"qwen2.5-1.5b": (1e-5, 10)}),
     "qwen3_8b_to_0_6b": ((1e-5, 10), "cosine", {"qwen3-0.6b": (1e-5, 10)}),
 }
+TEACHERS = {
+    "gpt2_xl_to_gpt2": "openai-community/gpt2-xl",
+    "gptj_to_gpt2": "EleutherAI/gpt-j-6b",
+    "opt_13b_to_opt": "facebook/opt-13b",
+    "llama_13b_to_7b": "huggyllama/llama-13b",
+    "qwen2_5_7b_to_1_5b": "Qwen/Qwen2.5-7B",
+    "qwen3_8b_to_0_6b": "Qwen/Qwen3-8B-Base",
+}
+HUB = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "gpt-neo-2.7B": "EleutherAI/gpt-neo-2.7B",
+    "opt-1.3b": "facebook/opt-1.3b",
+    "opt-2.7b": "facebook/opt-2.7b",
+    "opt-6.7b": "facebook/opt-6.7b",
+    "llama-7b": "huggyllama/llama-7b",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
+}
 STUDENTS = [(name, student) for name, (_, _, students) in PAIRS.items() for student in students]
 ADAM = {"weight_decay": 1e-2, "b2": 0.999, "clip_norm": 1.0, "schedule": "cosine", "warmup": 0}
 MINILLM = {
     "steps": 5000, "epochs": 0.0, "batch_size": 64, "rollouts": 256, "inner_epochs": 4,
     "learning_rate": 5e-6, "warmup": 100, "weight_decay": 1e-6, "b2": 0.95, "clip_norm": 1.0,
-    "alpha": 0.2, "evaluate_every": 100, "save_every": 500, "keep": "rouge_l",
+    "alpha": 0.2, "collect_batch": 64, "evaluate_every": 100, "save_every": 500, "keep": "rouge_l",
 }  # fmt: skip
 FULL = ["teacher_sft", "student_sft", "distill", "evaluate", "report"]
 STAGES = {
@@ -68,12 +92,15 @@ def test_a_pair_has_the_numbers_of_the_paper(name, student, method, monkeypatch)
     (teacher_rate, teacher_epochs), kind, students = PAIRS[name]
     rate, epochs = students[student]
     config = config_of(name, f"student={student},method={method}")
-    assert student.lower() in config.student.path.lower().replace("huggyllama", "")
+    assert (config.teacher.path, config.student.path) == (TEACHERS[name], HUB[student])
+    assert (config.teacher.dtype, config.student.dtype) == ("bfloat16", "bfloat16")
+    assert config.data.template == ("alpaca_qwen" if "qwen" in name else "alpaca")
+    assert config.dropout is True and config.seed == 10
+    assert (config.mesh.data, config.mesh.fsdp) == ((-1, 1) if name[:4] == "gpt2" else (1, -1))
     assert (config.data.max_prompt, config.data.max_response) == (256, 256)
     assert (config.answers.temperature, config.answers.top_p) == (1.0, 1.0)
     assert (config.answers.source, config.evaluate.validation_prompts) == ("data", 1000)
-    full = {"batch_size": 32, "keep": "rouge_l", "steps_from": "epochs"}
-    del full["steps_from"]
+    full = {"batch_size": 32, "keep": "rouge_l", "remat": name[:4] != "gpt2"}
     teacher = section(config, "teacher_sft")
     assert has(teacher, **ADAM, **full, learning_rate=teacher_rate, epochs=teacher_epochs)
     if method == "minillm":
@@ -81,6 +108,10 @@ def test_a_pair_has_the_numbers_of_the_paper(name, student, method, monkeypatch)
         assert has(start, **ADAM, learning_rate=rate, epochs=3, batch_size=32, keep="loss")
         assert has(section(config, "distill"), **MINILLM, schedule=kind)
         assert (config.corpus.coefficient, config.corpus.kd_ratio) == (1.0, 0.0)
+        assert config.corpus.files == (paper.CORPUS,)
+        assert recipe.policy(section(config, "distill")) == replace(
+            PRESETS["corrected"], reward_scaling=0.5
+        )
     else:
         trained = section(config, "sft" if method == "sft" else "distill")
         assert has(trained, **ADAM, **full, learning_rate=rate, epochs=epochs)
@@ -137,8 +168,24 @@ def test_arguments_may_come_in_any_order():
     assert paper.arguments("tiny,method=kd,student=b", students) == ("b", "kd", True)
 
 
+EXPERIMENTS = sorted(
+    file.stem
+    for file in Path(paper.__file__).parent.glob("*.py")
+    if file.stem not in ("common", "paper", "__init__")
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_can_be_tiny(name, monkeypatch, tmp_path):
+    one_device(monkeypatch)
+    found = pipeline.describe(config_of(name, "tiny"), tmp_path / "run")
+    assert found["config"]["teacher"]["path"].startswith("scratch:")
+    assert {"distill", "evaluate"} <= {stage["stage"] for stage in found["stages"]}
+    assert len(PAIRS) + 2 == len(EXPERIMENTS)
+
+
 def test_there_are_not_too_many_settings():
     def leaves(tree):
         return sum(leaves(v) if isinstance(v, dict) else 1 for v in tree.values())
 
-    assert leaves(base().to_dict()) <= 83
+    assert leaves(base().to_dict()) <= 86

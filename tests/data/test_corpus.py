@@ -121,6 +121,19 @@ def test_order_follows_from_index_and_seed(toy: Tokenizer, tmp_path: Path):
         made[-1]
 
 
+def test_blocks_that_were_kept_need_no_text(toy: Tokenizer, tmp_path: Path):
+    file = write(tmp_path / "text.txt", " ".join(["one two three red green blue cat"] * 9))
+    kept = tmp_path / "new" / "blocks.npy"
+    first = batches([file], toy, **SIZES, kept=kept)
+    file.unlink()
+    again = batches([file], toy, **SIZES, kept=kept)
+    for i in range(3):
+        np.testing.assert_array_equal(first[i], again[i])
+    assert [path.name for path in kept.parent.iterdir()] == ["blocks.npy"]
+    with pytest.raises(InputError, match="no such file"):
+        batches([file], toy, **SIZES, kept=tmp_path / "other.npy")
+
+
 def test_processes_share_the_global_batch(toy: Tokenizer, tmp_path: Path):
     whole = numbered(toy, tmp_path, 5, batch_size=4)
     share = {"batch_size": 4, "process_count": 2}

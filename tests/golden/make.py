@@ -111,15 +111,19 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return np.array(_TOKENS, np.int32), mask
 
 
-def build(name: str, seed: int = 0):
-    """Return a torch model of which no bias and no norm is where it is initialised."""
+def build(name: str, seed: int = 0, attention: str | None = None, **changes: Any):
+    """Return a torch model of which no bias and no norm is where it is initialised.
+
+    `attention` is one of transformers' implementations, `changes` are to the configuration.
+    """
     import torch
     import transformers
 
     kind, arguments = {**CASES, **EXAMPLES}[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, kind)(**arguments)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    config = getattr(transformers, kind)(**{**arguments, **changes})
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    model = transformers.AutoModelForCausalLM.from_config(config, **chosen).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)

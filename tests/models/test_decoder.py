@@ -137,8 +137,9 @@ def test_layers_start_different_and_branch_outputs_small():
     np.testing.assert_allclose(layers["mlp"]["down"]["kernel"].std(), 0.02 / 6**0.5, rtol=0.05)
 
 
-def test_dropout_only_with_a_key_and_the_same_with_the_same_key():
-    config = dataclasses.replace(GPT2, dropout=0.5)
+@pytest.mark.parametrize("rate", ["dropout", "embed_dropout", "attention_dropout"])
+def test_dropout_only_with_a_key_and_the_same_with_the_same_key(rate):
+    config = dataclasses.replace(GPT2, **{rate: 0.5})
     params, tokens, mask = params_of(GPT2), tokens_of(2, 6), jnp.ones((2, 6), bool)
     plain = hidden_states(GPT2, params, tokens, mask)
     np.testing.assert_array_equal(hidden_states(config, params, tokens, mask), plain)
@@ -218,6 +219,7 @@ def test_rotary_scaling_by_hand():
         ({"windows": (0, 0, 0)}, "windows"),
         ({"layers": 0}, "layers"),
         ({"dropout": 1.0}, "dropout"),
+        ({"attention_dropout": -0.1}, "attention_dropout"),
         ({"parallel_residual": True, "norm_first": False}, "norm_first"),
     ],
 )

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -59,6 +60,52 @@ def test_logits_equal_those_of_torch_there_and_back(name, tmp_path):
     hf.save(tmp_path / "ours", checkpoint.config, checkpoint.params, checkpoint.hf_config)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     np.testing.assert_array_equal(make.torch_logits(again, tokens, mask)[mask], wanted[mask])
+
+
+# Every name of a rate, and three rates, so that no place can be taken for another.
+_BRANCH, _EMBED, _ATTENTION = 0.2, 0.1, 0.3
+RATES = {
+    "gpt2": {"resid_pdrop": _BRANCH, "embd_pdrop": _EMBED, "attn_pdrop": _ATTENTION},
+    "gptj": {"resid_pdrop": _BRANCH, "embd_pdrop": _EMBED, "attn_pdrop": _ATTENTION},
+    "gpt_neo": {
+        "resid_dropout": _BRANCH, "embed_dropout": _EMBED, "attention_dropout": _ATTENTION
+    },
+    "opt": {"dropout": _BRANCH, "attention_dropout": _ATTENTION},
+    "opt_350m": {"dropout": _BRANCH, "attention_dropout": _ATTENTION},
+}  # fmt: skip
+
+
+@live
+@pytest.mark.parametrize("name", CASES)
+def test_dropout_is_where_torch_has_it(name, tmp_path, monkeypatch):
+    """With an affine map for the noise, training mode is deterministic on both sides."""
+    torch = pytest.importorskip("torch")
+    rates = RATES.get(name, {"attention_dropout": _ATTENTION})
+    model = make.build(name, seed=7, attention="eager", **rates)
+    make.save(model, tmp_path)
+
+    def affine(x, rate):
+        return x * (1 - rate) + 0.1 * rate
+
+    def theirs(x, p=0.5, training=True, inplace=False):
+        return affine(x, p) if training else x
+
+    def ours(self, x, deterministic=None, rng=None):
+        return x if self.deterministic else affine(x, self.rate)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", theirs)
+    monkeypatch.setattr(nn.Dropout, "__call__", ours)
+    tokens, _ = make.batch()
+    mask = np.ones_like(tokens, bool)
+    plain = make.torch_logits(model, tokens, mask)
+    wanted = make.torch_logits(model.train(), tokens, mask)
+    assert np.abs(plain - wanted).max() > 0.01
+    read = hf.load(tmp_path)
+    key = jax.random.key(0)
+    hidden = models.hidden_states(read.config, read.params, tokens, mask, dropout_key=key)
+    assert_same(
+        np.asarray(models.logits(models.head(read.config, read.params), hidden)), wanted, mask
+    )
 
 
 @live
@@ -151,7 +198,7 @@ LLAMA = {
     [
         ({"clip_qkv": 8.0}, "attribute clip_qkv = 8.0"),
         ({"quantization_config": {"bits": 4}}, "attribute quantization_config"),
-        ({"attention_dropout": 0.1}, "attribute attention_dropout = 0.1 is not supported"),
+        ({"attention_dropout": "x"}, "attribute attention_dropout must be float, not 'x'"),
         ({"hidden_act": "mish"}, "hidden_act = 'mish'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "x = 1"),

@@ -84,6 +84,25 @@ def test_the_dtype_is_chosen_by_the_caller_and_kept_by_save(folder, tmp_path):
     assert_equal_trees(again.params, jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded))
 
 
+def test_a_large_model_is_written_in_shards(folder, tmp_path, monkeypatch):
+    checkpoint = hf.load(folder)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(checkpoint.params)]
+    monkeypatch.setattr(hf, "SHARD_BYTES", sum(sizes) // 3)
+    params = jax.tree.map(jax.device_put, checkpoint.params)
+    hf.save(tmp_path / "new", checkpoint.config, params, checkpoint.hf_config)
+    files = sorted(file.name for file in (tmp_path / "new").glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert not (tmp_path / "new" / "model.safetensors").exists()
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert_equal_trees(hf.load(tmp_path / "new").params, checkpoint.params)
+    for file in files:
+        tensors = load_file(tmp_path / "new" / file)
+        largest = max(tensor.nbytes for tensor in tensors.values())
+        held = sum(tensor.nbytes for tensor in tensors.values())
+        assert held <= max(largest, hf.SHARD_BYTES)
+
+
 def test_shards_are_read_through_their_index(folder):
     whole = hf.load(folder)
     tensors = load_file(folder / "model.safetensors")

@@ -50,6 +50,27 @@ def test_scores_of_the_loop_are_those_of_a_scoring_pass(alpha, chunk):
     np.testing.assert_allclose(found.log_mix, mixture, atol=1e-5)
 
 
+def test_each_model_computes_in_its_own_type():
+    """As the updates read them: the student in that of the mixing, the teacher in its own."""
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), P)
+    prompt, mask = prompts(8, 5, VOCAB)
+    found = collect(
+        STUDENT, TEACHER, Q, low, prompt, mask, jax.random.key(0), mixing(dtype="bfloat16")
+    )
+    assert found.teacher_hidden.dtype == jnp.bfloat16 and found.log_q.dtype == jnp.float32
+    log_q, exact = (
+        drawn(
+            jax.nn.log_softmax(
+                logits(head(STUDENT, Q), response_states(STUDENT, Q, found, dtype=dtype)), -1
+            ),
+            found,
+        )
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    gap, rounding = np.abs(found.log_q - log_q).mean(), np.abs(exact - log_q).mean()
+    assert gap < 0.8 * rounding  # in float32 they would be equal; sums are in another order
+
+
 def test_stored_teacher_states_are_those_of_the_full_forward():
     found = rollout()
     tokens = jnp.concatenate([found.prompt, found.response], axis=1)

@@ -82,20 +82,6 @@ class Attributes:
             raise InputError(f"attribute {name} = {value!r} is not one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
-    def dropout(self, branch: str, embedding: str, default: float) -> float:
-        """Return the rate of the branches' outputs, which has to be that of the embeddings, too.
-
-        A rate changes training alone, but one that is not as stated would do so in silence.
-        """
-        rate = self.take(branch, float, default)
-        other = self.take(embedding, float, default)
-        if other != rate:
-            raise InputError(
-                f"attributes {embedding} = {other} and {branch} = {rate} differ, and one rate "
-                "serves both; set them alike"
-            )
-        return rate
-
     def rope(self) -> dict[str, Any]:
         """Return `rope_theta` and `rope_scaling` from where any transformers version puts them.
 

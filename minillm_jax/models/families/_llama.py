@@ -6,9 +6,9 @@ from minillm_jax.models.families._hf import Attributes, Weight, linear, norm
 
 
 def common(hf: Attributes) -> dict[str, Any]:
-    """Return the fields of `DecoderConfig` that they share; dropout they have none."""
-    hf.expect(attention_dropout=0.0)
+    """Return the fields of `DecoderConfig` that they share."""
     return {
+        "attention_dropout": hf.take("attention_dropout", float, 0.0),
         "vocab_size": hf.take("vocab_size", int),
         "layers": hf.take("num_hidden_layers", int),
         "width": hf.take("hidden_size", int),

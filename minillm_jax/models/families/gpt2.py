@@ -6,7 +6,7 @@ from minillm_jax.models.families._hf import Attributes, Family, Weight, linear, 
 
 def _config(hf: Attributes) -> DecoderConfig:
     # Dropout of the attention weights is left out, as is all that is for classification.
-    hf.ignore("attn_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_type")
+    hf.ignore("n_ctx", "reorder_and_upcast_attn", "summary_type")
     hf.ignore("summary_use_proj", "summary_activation", "summary_proj_to_labels")
     hf.ignore("summary_first_dropout", "n_special", "output_past", "predict_special_tokens")
     hf.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
@@ -26,7 +26,9 @@ def _config(hf: Attributes) -> DecoderConfig:
         out_bias=True,
         mlp_bias=True,
         tied_head=hf.take("tie_word_embeddings", bool, True),
-        dropout=hf.dropout("resid_pdrop", "embd_pdrop", 0.1),
+        dropout=hf.take("resid_pdrop", float, 0.1),
+        embed_dropout=hf.take("embd_pdrop", float, 0.1),
+        attention_dropout=hf.take("attn_pdrop", float, 0.1),
     )
 
 

@@ -5,7 +5,6 @@ from minillm_jax.models.families._hf import Attributes, Family, Weight, linear, 
 
 
 def _config(hf: Attributes) -> DecoderConfig:
-    hf.expect(attention_dropout=0.0)
     hf.ignore("classifier_dropout", "summary_type")
     hf.ignore("summary_use_proj", "summary_activation", "summary_proj_to_labels")
     hf.ignore("summary_first_dropout", "attention_layers")
@@ -30,7 +29,9 @@ def _config(hf: Attributes) -> DecoderConfig:
         out_bias=True,
         mlp_bias=True,
         tied_head=hf.take("tie_word_embeddings", bool, True),
-        dropout=hf.dropout("resid_dropout", "embed_dropout", 0.0),
+        dropout=hf.take("resid_dropout", float, 0.0),
+        embed_dropout=hf.take("embed_dropout", float, 0.0),
+        attention_dropout=hf.take("attention_dropout", float, 0.0),
     )
 
 

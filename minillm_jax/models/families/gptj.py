@@ -7,7 +7,7 @@ from minillm_jax.models.families._hf import Attributes, Family, Weight, linear, 
 def _config(hf: Attributes) -> DecoderConfig:
     hf.ignore("summary_type", "summary_use_proj", "rotary")
     hf.ignore("summary_activation", "summary_proj_to_labels", "summary_first_dropout")
-    hf.expect(scale_attn_weights=True, attn_pdrop=0.0)
+    hf.expect(scale_attn_weights=True)
     width = hf.take("n_embd", int, 4096)
     return DecoderConfig(
         vocab_size=hf.take("vocab_size", int, 50400),
@@ -25,7 +25,9 @@ def _config(hf: Attributes) -> DecoderConfig:
         mlp_bias=True,
         head_bias=True,
         tied_head=hf.take("tie_word_embeddings", bool, False),
-        dropout=hf.dropout("resid_pdrop", "embd_pdrop", 0.0),
+        dropout=hf.take("resid_pdrop", float, 0.0),
+        embed_dropout=hf.take("embd_pdrop", float, 0.0),
+        attention_dropout=hf.take("attn_pdrop", float, 0.0),
     )
 
 

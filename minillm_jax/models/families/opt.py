@@ -6,7 +6,7 @@ from minillm_jax.models.families._hf import Attributes, Family, Weight, linear, 
 
 def _config(hf: Attributes) -> DecoderConfig:
     hf.ignore("init_std", "prefix")
-    hf.expect(attention_dropout=0.0, activation_dropout=0.0, layerdrop=0.0)
+    hf.expect(activation_dropout=0.0, layerdrop=0.0)
     hf.expect(layer_norm_elementwise_affine=True, _remove_final_layer_norm=False)
     width = hf.take("hidden_size", int, 768)
     bias = hf.take("enable_bias", bool, True)
@@ -28,6 +28,7 @@ def _config(hf: Attributes) -> DecoderConfig:
         mlp_bias=bias,
         tied_head=hf.take("tie_word_embeddings", bool, True),
         dropout=hf.take("dropout", float, 0.1),
+        attention_dropout=hf.take("attention_dropout", float, 0.0),
     )
 
 

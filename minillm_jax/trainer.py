@@ -88,7 +88,7 @@ def fit(
     corpus: Blocks | None = None,
     rollout: Any = None,
     seconds: float = float("inf"),
-    place: Callable[[Any], Any] = lambda batch: batch,
+    put: Callable[[Any], Any] = lambda batch: batch,
 ) -> TrainState:
     """Train from `state.step` to `schedule.steps`, or for `seconds`, and return the last state.
 
@@ -98,7 +98,7 @@ def fit(
         corpus: by update; its blocks go to the method beside the batch, as (batch, blocks).
         rollout: the collection in use when the checkpoint was made, if there was one.
 
-        place: puts the rows of a batch, or of the prompts of a collection, on the devices.
+        put: puts the rows of a batch, or of the prompts of a collection, on the devices.
 
     Raises:
         TrainingStopped: after `MAX_SKIPPED` non-finite updates in a row.
@@ -115,7 +115,7 @@ def fit(
         else:
             round_, place = schedule.place(step)
             if place == 0:
-                prompts = place(batches[round_])
+                prompts = put(batches[round_])
                 round_key = jax.random.fold_in(key, round_)
                 rollout = method.collect(state.params, frozen, prompts, round_key)
                 drawn = int(jax.block_until_ready(rollout.response_mask).sum())
@@ -128,7 +128,7 @@ def fit(
             text = corpus[step]
             tokens += text.size
             batch = batch, text
-        state, metrics = method.update(state, frozen, place(batch))
+        state, metrics = method.update(state, frozen, put(batch))
         step += 1
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values |= extra | {"tokens": tokens}

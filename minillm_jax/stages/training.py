@@ -80,7 +80,7 @@ def train(
                     rollout=rollout,
                     seconds=seconds,
                     corpus=corpus,
-                    place=lambda batch: jax.device_put(batch, batch_sharding(build.mesh)),
+                    put=lambda batch: jax.device_put(batch, batch_sharding(build.mesh)),
                 )
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     return outcome | {"skipped": int(state.skipped), "best": progress.best}

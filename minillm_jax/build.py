@@ -29,6 +29,8 @@ from minillm_jax.train_state import TrainState, abstract_state, state_shardings
 from minillm_jax.trainer import Schedule
 from minillm_jax.types import InputError
 
+SECTIONS = {"teacher_sft": "teacher_sft", "student_sft": "sft", "distill": "distill"}  # of stages
+
 
 class Builder:
     """Makes what the stages need, each thing once, when it is first asked for."""
@@ -184,6 +186,10 @@ class Builder:
                     f"the tokenizer makes the id {largest}, the {who} has {model.vocab_size} ids: "
                     f"{checkpoint.path} and its tokenizer do not belong together"
                 )
+        for stage, name in SECTIONS.items():
+            if stage in stages:  # with the updates that its epochs are
+                exact = {"steps": self.schedule(name).steps, "epochs": 0.0}
+                recipe.judge(name, {**self.section(name), **exact}, self.ways)
         # Last, for it may take long, and keeps what it has read.
         if self.outline.method == "minillm" and "distill" in stages:
             self.data.corpus()

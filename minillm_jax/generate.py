@@ -24,7 +24,11 @@ INPUT = flags.DEFINE_string(
     "input", "", "Further text that the prompt is about.", flag_values=FLAGS
 )
 TEMPLATE = flags.DEFINE_enum(
-    "template", "chat", ["chat", "alpaca", "none"], "Form of the prompt.", flag_values=FLAGS
+    "template",
+    "chat",
+    ["chat", "alpaca", "alpaca_qwen", "none"],
+    "Form of the prompt.",
+    flag_values=FLAGS,
 )
 TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.7, "0 takes the most likely token.", flag_values=FLAGS
@@ -111,11 +115,11 @@ class Answerer:
             while len(ids) > limit and len(messages) > 1:
                 messages = messages[2:]
                 ids = self.tokenizer.chat_prompt(messages)
-        elif TEMPLATE.value == "alpaca":
-            pair = (instruction, INPUT.value) if instruction else (text, "")
-            ids = templates.prompt_ids(self.tokenizer, "alpaca", *pair)
-        else:
+        elif TEMPLATE.value == "none":
             ids = self.tokenizer.encode(text)
+        else:
+            pair = (instruction, INPUT.value) if instruction else (text, "")
+            ids = templates.prompt_ids(self.tokenizer, TEMPLATE.value, *pair)
         if not ids:
             raise InputError(f"the prompt {text!r} has no tokens: write something else")
         if len(ids) > limit:

@@ -27,7 +27,6 @@ def make_examples(
     template: str,
     max_prompt: int,
     max_response: int,
-    max_length: int | None = None,
     answers: bool = True,
     long_prompts: str = "error",
 ) -> list[Example]:
@@ -37,7 +36,6 @@ def make_examples(
     that nothing teaches the model to stop in the middle. With `answers=False` responses are empty.
 
     Args:
-        max_length: cuts responses also where prompt and response reach it (the paper's SFT: 512).
         long_prompts: `error`, or `drop` to leave rows with an over-long prompt out.
 
     Raises:
@@ -76,16 +74,8 @@ def make_examples(
             if not response:
                 raise InputError(f"{named[index]}: the output has no tokens; remove the row")
             response.append(tokenizer.eos_id)
-    if max_length is not None and max_length <= max_prompt:
-        raise InputError(
-            f"max_length={max_length} leaves a prompt of {max_prompt} tokens no response; raise it"
-        )
-
-    def room(index: int) -> int:
-        return min(max_response, (max_length or max_response + max_prompt) - len(prompts[index]))
-
     return [
-        Example(tuple(prompts[index]), tuple(response[: room(index)]), index)
+        Example(tuple(prompts[index]), tuple(response[:max_response]), index)
         for index, response in zip(kept, responses, strict=True)
     ]
 

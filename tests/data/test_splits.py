@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from minillm_jax.data.examples import make_examples
 from minillm_jax.data.sources import Row, read_jsonl
 from minillm_jax.data.splits import SIZES, paper_split, prompt_lengths
 from minillm_jax.data.tokenizer import load_tokenizer
@@ -61,17 +60,3 @@ def test_the_real_rows_have_the_sizes_of_the_paper(shared: Path):
     alone = paper_split(public, lengths)
     assert len(alone.test) == 500 and len(alone.validation) == 1000
     assert len(alone.train) == 11_395  # the first rows are not those of the paper
-
-    options = {"template": "alpaca", "max_prompt": 256, "max_response": 511, "max_length": 512}
-    made = make_examples(gpt2, found.train[:3000], **options)
-    total = [len(example.prompt) + len(example.response) for example in made]
-    ended = [example.response[-1] == gpt2.eos_id for example in made]
-    assert max(total) == 512 and 20 < ended.count(False) < 60
-    assert all(end or length == 512 for end, length in zip(ended, total, strict=True))
-
-
-def test_a_length_that_leaves_no_answer_is_refused(shared: Path):
-    gpt2 = load_tokenizer(shared / "tokenizers/gpt2")
-    options = {"template": "alpaca", "max_prompt": 256, "max_response": 256, "max_length": 256}
-    with pytest.raises(InputError, match="max_length=256 leaves a prompt of 256 tokens no respon"):
-        make_examples(gpt2, rows("a"), **options)

@@ -61,7 +61,7 @@ def further_sft(seed: int, workdir: Path) -> None:
     from minillm_jax.build import Builder
     from minillm_jax.stages import Run
     from minillm_jax.stages.evaluation import held_out
-    from minillm_jax.stages.training import fine_tune
+    from minillm_jax.stages.training import fine_tune, student
 
     done = read_json(workdir / "summary.json")["stages"]
     seconds = done["distill"]["seconds"]
@@ -75,7 +75,7 @@ def further_sft(seed: int, workdir: Path) -> None:
     config.sft.save_every = 10**9
     with MetricsWriter(workdir) as metrics:
         run = Run(Builder(config, workdir), workdir, metrics)
-        start = run.build.student(run.model("student_sft"))
+        start = student(run.build, run.model("student_sft"))
         outcome = fine_tune(run, "further_sft", start, seconds=seconds)
         run.build.seed = seed  # the samples of the other models
         figures, _ = held_out(run, run.build.student(run.model("further_sft")))

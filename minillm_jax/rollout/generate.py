@@ -1,6 +1,7 @@
 """Generation from one model: the decode loop of evaluation, teacher answers and chat."""
 
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -47,9 +48,9 @@ def generate(
     weights = unstack(config, params)
     top = head(config, params)
     uniforms = jax.random.uniform(key, (slots, rows))
-    dtype = dtype or params["embed"]["tokens"].dtype
-    cache = init_cache(config, rows, width + slots, dtype)
-    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, dtype=dtype)
+    kind: Any = dtype or params["embed"]["tokens"].dtype
+    cache = init_cache(config, rows, width + slots, kind)
+    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, dtype=kind)
     # Left padding is given ids of its own, so that it never completes an n-gram.
     history = jnp.where(prompt_mask, prompt, -1 - jnp.arange(width)[None])
     history = jnp.pad(history, ((0, 0), (0, slots)))
@@ -67,7 +68,7 @@ def generate(
         mask = jax.lax.dynamic_update_slice(mask, ~done[:, None], (0, t))
         done = done | (token == eos_id)
         here = jnp.ones((rows, 1), bool)
-        hidden, cache = extend(config, weights, token[:, None], here, cache, dtype=dtype)
+        hidden, cache = extend(config, weights, token[:, None], here, cache, dtype=kind)
         return t + 1, done, hidden[:, 0], cache, history, mask
 
     start = (

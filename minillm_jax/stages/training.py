@@ -4,28 +4,49 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from minillm_jax import modelfiles, trainer
+from minillm_jax.build import Builder
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
 from minillm_jax.methods import Method
 from minillm_jax.modelfiles import Model
+from minillm_jax.models import DecoderConfig
+from minillm_jax.models.hf import open_model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.sharding import batch_sharding
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import answered
 from minillm_jax.stages.measures import Scores, validation
 from minillm_jax.train_state import init_state
+from minillm_jax.types import Params
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a stage trains; `load` reads its parameters, if no checkpoint takes over."""
+
+    config: DecoderConfig
+    hf_config: dict[str, Any]
+    load: Callable[[], Params]
+
+
+def student(build: Builder, folder: Path | None = None) -> Start:
+    """The student from `folder`, or as it is before training."""
+    stored = open_model(folder) if folder else build.student_checkpoint
+    return Start(stored.config, stored.hf_config, lambda: build.student(folder).params)
 
 
 def train(
     run: Run,
     stage: str,
     method: Method,
-    start: Model,
+    start: Start,
     *,
     section: str,
     frozen: Any,
@@ -59,7 +80,7 @@ def train(
                 best = restored.extra["best"]
                 run.metrics.truncate_after(stage, restored.step)
             else:
-                state, best = init_state(start.params, optimizer, abstract), None
+                state, best = init_state(start.load(), optimizer, abstract), None
                 run.metrics.truncate_after(stage, -1)
             keep = f"valid_{build.config[section].keep}"
             progress = _Stage(run, stage, start, schedule, validate, keep, checkpoints)
@@ -133,20 +154,20 @@ def _abstract_rollout(build, method, abstract, frozen, batches):
 
 def teacher_sft(run: Run) -> Outcome:
     """Fine-tune the teacher on the answers of the data."""
-    return fine_tune(
-        run, "teacher_sft", run.build.untuned_teacher(), section="teacher_sft", source="data"
-    )
+    stored = run.build.teacher_checkpoint
+    start = Start(stored.config, stored.hf_config, lambda: run.build.untuned_teacher().params)
+    return fine_tune(run, "teacher_sft", start, section="teacher_sft", source="data")
 
 
 def student_sft(run: Run) -> Outcome:
     """Fine-tune the student on the answers of the teacher, or of the data."""
-    return fine_tune(run, "student_sft", run.build.student())
+    return fine_tune(run, "student_sft", student(run.build))
 
 
 def fine_tune(
     run: Run,
     stage: str,
-    start: Model,
+    start: Start,
     seconds: float = float("inf"),
     *,
     section: str = "sft",
@@ -183,7 +204,7 @@ def minillm(run: Run) -> Outcome:
         run,
         "distill",
         build.minillm(),
-        build.student(None if build.outline.fine_tuned_student else run.model("student_sft")),
+        student(build, None if build.outline.fine_tuned_student else run.model("student_sft")),
         section="distill",
         frozen=build.teacher.params,
         batches=build.data.batches(build.data.prompts("train"), build.config.distill.rollouts),
@@ -202,7 +223,7 @@ def on_given_answers(run: Run) -> Outcome:
     build = run.build
     c = build.config.distill
     source = "teacher" if build.outline.method == "seqkd" else ""
-    start = build.student()
+    start = student(build)
     blended = build.outline.method == "kd" or c.kd_ratio > 0
     return train(
         run,

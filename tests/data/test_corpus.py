@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from minillm_jax.data.corpus import batches, documents, pack
 from minillm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from minillm_jax.types import InputError
 
-SIZES = {"batch_size": 2, "length": 4, "seed": 0}
+SIZES: dict[str, Any] = {"batch_size": 2, "length": 4, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,7 @@ def test_what_is_no_corpus_is_refused(toy: Tokenizer, tmp_path: Path):
         assert ";" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="no file holds less than one block"):
         batches([], toy, **SIZES)
-    for changes in ({"batch_size": 0}, {"length": 1}, {"batch_size": 3, "process_count": 2}):
+    wrong: tuple = ({"batch_size": 0}, {"length": 1}, {"batch_size": 3, "process_count": 2})
+    for changes in wrong:
         with pytest.raises(InputError, match="corpus: batch size"):
-            batches([good], toy, **SIZES | changes)
+            batches([good], toy, **{**SIZES, **changes})

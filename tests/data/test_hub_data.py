@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_tokenizer import write_toy_tokenizer
@@ -64,7 +65,7 @@ def test_a_file_is_read_as_before(tmp_path: Path):
 def test_a_corpus_is_read_as_far_as_it_is_needed(tmp_path: Path):
     toy = load_tokenizer(write_toy_tokenizer(tmp_path / "toy"))
     source = folder(tmp_path / "text", [{"text": "one two three"}, {"text": "cat dog"}] * 300)
-    sizes = {"batch_size": 2, "length": 7, "seed": 0}
+    sizes: dict[str, Any] = {"batch_size": 2, "length": 7, "seed": 0}
     made = corpus.batches([source], toy, **sizes)
     block = [*toy.encode("one two three"), toy.eos_id, *toy.encode("cat dog"), toy.eos_id]
     assert made.blocks.tolist() == [block] * 300

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -96,13 +97,14 @@ def test_dropout_is_where_torch_has_it(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "dropout", theirs)
     monkeypatch.setattr(nn.Dropout, "__call__", ours)
     tokens, _ = make.batch()
-    mask = np.ones_like(tokens, bool)
+    mask: Any = np.ones_like(tokens, bool)
     plain = make.torch_logits(model, tokens, mask)
     wanted = make.torch_logits(model.train(), tokens, mask)
     assert np.abs(plain - wanted).max() > 0.01
     read = hf.load(tmp_path)
     key = jax.random.key(0)
-    hidden = models.hidden_states(read.config, read.params, tokens, mask, dropout_key=key)
+    given: Any = tokens, mask
+    hidden = models.hidden_states(read.config, read.params, *given, dropout_key=key)
     assert_same(
         np.asarray(models.logits(models.head(read.config, read.params), hidden)), wanted, mask
     )

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ TEACHER, P = toy(1, vocab=VOCAB, layers=3, width=24)
 
 
 def mixing(**changes):
-    settings = {"slots": 12, "alpha": 0.3, "chunk": 3, "eos_id": EOS, "pad_id": EOS}
-    return Mixing(**(settings | {"vocab": VOCAB} | changes))
+    settings: dict[str, Any] = {"slots": 12, "alpha": 0.3, "chunk": 3, "eos_id": EOS, "pad_id": EOS}
+    settings |= {"vocab": VOCAB} | changes
+    return Mixing(**settings)
 
 
 def rollout(key=0, rows=8, **changes):

@@ -22,3 +22,11 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; set MINILLM_SHARED to the folder that has it")
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Let go of what a module has compiled: every program holds some of the 65,530 memory maps that
+    Linux gives a process, and those of the whole session together are more."""
+    yield
+    jax.clear_caches()

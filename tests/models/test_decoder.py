@@ -19,7 +19,7 @@ from minillm_jax.models import (
 )
 from minillm_jax.models.attention import attend, rotary_angles, rotary_frequencies, rotate
 
-ATOL = 2e-6  # float32, three layers of width 16
+ATOL = 3e-6  # float32, three layers of width 16; as in test_cache
 SOME = ["llama", "opt_350m", "gptj", "gpt_neo"]  # where a test need not see every kind
 
 

@@ -54,7 +54,7 @@ def get_config(arg: str = ""):
 
     if arg == "smoke":
         config.name = "quickstart_smoke"
-        # Most of a smoke run is compilation, which takes its time per layer.
+        # Compilation takes its time per layer.
         config.student.keep_layers = (0, 1, 2, 27, 28, 29)
         config.data.limit = config.evaluate.prompts = 8
         config.data.max_response = 12

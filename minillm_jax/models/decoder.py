@@ -108,7 +108,7 @@ def logical_axes(config: DecoderConfig) -> Params:
     return jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=is_box)
 
 
-@functools.cache  # tracing the initialisation takes a third of a second
+@functools.cache  # every stage asks for it several times, and it traces the initialisation
 def _boxes(config: DecoderConfig, dtype: DTypeLike) -> Any:
     return jax.eval_shape(lambda key: _init(config, key, dtype), jax.random.key(0))
 

@@ -26,6 +26,7 @@ def base() -> ml_collections.ConfigDict:
     config.teacher.path = ""
     config.teacher.sha256 = ""  # of the GGUF inside a pip: package; empty: not checked
     config.teacher.fine_tuned = ""  # a teacher that is fine-tuned already: no stage teacher_sft
+    config.teacher.temperature = 1.0  # p is its softmax at this temperature, wherever p occurs
     config.teacher.dtype = "float32"  # of its parameters and arithmetic as a teacher
 
     config.student = ml_collections.ConfigDict()
@@ -42,6 +43,9 @@ def base() -> ml_collections.ConfigDict:
     config.data.template = "chat"  # the model's own chat template, or alpaca, alpaca_qwen
     config.data.max_prompt = 128  # prompt buffer P in tokens
     config.data.max_response = 64  # response buffer N in tokens
+    # Most tokens of a given answer in SFT and KD, cut so that prompt and answer are within
+    # max_prompt + max_response; 0: as max_response. Beyond it only the batch gets wider.
+    config.data.max_answer = 0
     config.data.long_prompts = "error"  # of more than max_prompt tokens; or drop their rows
     config.data.limit = 0  # use that many training rows; 0: all
 

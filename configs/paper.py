@@ -86,6 +86,7 @@ def pair(
     config.data.train = config.data.validation = config.data.test = DOLLY
     config.data.template = template
     config.data.max_prompt = config.data.max_response = 256  # 512 together
+    config.data.max_answer = 480  # what the shortest prompts leave of 512
     config.data.long_prompts = "drop"
     config.answers.source = "data"  # but for seqkd: one answer per prompt at temperature 1
     config.evaluate.validation_prompts = 1000
@@ -175,6 +176,7 @@ def tiny(config: Any, teacher: str, student: str) -> None:
     config.data.test = config.data.validation
     config.data.long_prompts = "drop"
     config.data.max_prompt, config.data.max_response, config.data.limit = 96, 8, 24
+    config.data.max_answer = 12 if config.data.max_answer else 0
     config.answers.batch_size = config.evaluate.batch_size = 8
     config.answers.limit = config.evaluate.prompts = config.evaluate.validation_prompts = 8
     for stage in (config.teacher_sft, config.sft, config.distill):

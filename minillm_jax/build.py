@@ -4,6 +4,7 @@
 sections and for data. Below these files there are frozen dataclasses and keyword arguments.
 """
 
+import dataclasses
 import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 
 from minillm_jax import recipe, scratch
-from minillm_jax.check import check
+from minillm_jax.check import check, check_slots
 from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from minillm_jax.dataset import SPLITS, Data
 from minillm_jax.methods import Method, kd, minillm, sft
@@ -46,14 +47,9 @@ class Builder:
         self.mesh = make_mesh(**config.mesh)
         self._made: dict[str, Any] = {}
         self._tuned_teacher: Path | None = None
-        check(config)
-        self.outline = recipe.outline(config)
         ways = self.ways
-        if self.outline.method == "minillm" and config.distill.rollouts % ways:
-            raise InputError(
-                f"config.distill.rollouts={config.distill.rollouts} does not split over {ways} "
-                f"devices: make it a multiple of {ways}"
-            )
+        check(config, ways)
+        self.outline = recipe.outline(config)
         # What these refuse is said now, and not when their stage begins.
         for name in ("teacher_sft", "sft", "distill"):
             if name != "teacher_sft" or self.outline.tunes_teacher:
@@ -95,6 +91,12 @@ class Builder:
         )
 
     @property
+    def teacher_config(self) -> DecoderConfig:
+        """The teacher as it is distilled: p is its softmax at `config.teacher.temperature`."""
+        scale = 1.0 / self.config.teacher.temperature
+        return dataclasses.replace(self.teacher_checkpoint.config, logit_scale=scale)
+
+    @property
     def student_checkpoint(self) -> Stored:
         """The student before any training here, its weights unread."""
 
@@ -109,8 +111,12 @@ class Builder:
     @property
     def teacher(self) -> Model:
         """The teacher on the devices."""
-        dtype = self.config.teacher.dtype
-        return self._once("teacher", lambda: self.on_devices(self.teacher_checkpoint, dtype))
+
+        def make():
+            model = self.on_devices(self.teacher_checkpoint, self.config.teacher.dtype)
+            return dataclasses.replace(model, config=self.teacher_config)
+
+        return self._once("teacher", make)
 
     def untuned_teacher(self) -> Model:
         """The teacher in float32 for its own training, which consumes the arrays."""
@@ -164,7 +170,6 @@ class Builder:
         Raises:
             InputError: rows, prompts, vocabularies or weights that do not fit.
         """
-        c = self.config.data
         for split in SPLITS:
             if self.outline.answers == "data" or (self.outline.tunes_teacher and split != "test"):
                 self.data.gold(split)
@@ -176,11 +181,7 @@ class Builder:
             ("student", self.student_checkpoint),
         ):
             model = checkpoint.config
-            if c.max_prompt + c.max_response > model.max_positions:
-                raise InputError(
-                    f"config.data.max_prompt={c.max_prompt} and max_response={c.max_response} make "
-                    f"more than the {model.max_positions} positions of the {who}: lower one of them"
-                )
+            check_slots(self.config, who, model.max_positions)
             if largest >= model.vocab_size:
                 raise InputError(
                     f"the tokenizer makes the id {largest}, the {who} has {model.vocab_size} ids: "
@@ -272,7 +273,7 @@ class Builder:
         return self.seed if self.config.dropout else None
 
     def _models(self) -> tuple[DecoderConfig, DecoderConfig]:
-        return self.student_checkpoint.config, self.teacher_checkpoint.config
+        return self.student_checkpoint.config, self.teacher_config
 
     def abstract_state(self, model: DecoderConfig, name: str) -> TrainState:
         """The state of training `model` in a section: shapes, dtypes and shardings, no arrays."""

@@ -23,6 +23,7 @@ _LEAST = (
         "teacher_sft.steps": 0,
     }
     | {"data.max_prompt": 1, "data.max_response": 1, "data.limit": 0, "answers.limit": 0}
+    | {"data.max_answer": 0}
     | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "answers.temperature": 0}
     | {"corpus.coefficient": 0}
 )
@@ -40,8 +41,8 @@ _CHOICES = {
 }
 
 
-def check(config: Any) -> None:
-    """Refuse what cannot run or cannot learn, before anything is loaded.
+def check(config: Any, ways: int = 1) -> None:
+    """Refuse what cannot run or cannot learn on `ways` devices, before anything is loaded.
 
     Raises:
         InputError: naming the setting and the cure.
@@ -69,6 +70,11 @@ def check(config: Any) -> None:
             f"config.distill.rollouts={d.rollouts} is not a multiple of "
             f"config.distill.collect_batch={d.collect_batch}: change one of them"
         )
+    if config.method == "minillm" and d.rollouts % ways:
+        raise InputError(
+            f"config.distill.rollouts={d.rollouts} does not split over {ways} devices: make it a "
+            f"multiple of {ways}"
+        )
     if not 0.0 <= d.alpha <= 1.0:
         raise InputError(f"config.distill.alpha={d.alpha}: the teacher's share is between 0 and 1")
     for name, ratio in (("distill", d.kd_ratio), ("corpus", config.corpus.kd_ratio)):
@@ -76,6 +82,10 @@ def check(config: Any) -> None:
             raise InputError(
                 f"config.{name}.kd_ratio={ratio}: the teacher's share is between 0 and 1"
             )
+    if not 0.0 < config.teacher.temperature < float("inf"):
+        raise InputError(
+            f"config.teacher.temperature={config.teacher.temperature}: give a number above 0"
+        )
     if not 0.0 < config.answers.top_p <= 1.0:
         raise InputError(
             f"config.answers.top_p={config.answers.top_p}: give more than 0, at most 1"
@@ -100,6 +110,17 @@ def check(config: Any) -> None:
         raise InputError(
             f"config.student.keep_layers={tuple(kept)}: give numbers of layers, such as '(0, 1, 3)'"
         )
+
+
+def check_slots(config: Any, who: str, positions: int) -> None:
+    """Refuse batches that are wider than a model of so many positions reads."""
+    c = config.data
+    for name in ("max_response", "max_answer"):
+        if c.max_prompt + c[name] > positions:
+            raise InputError(
+                f"config.data.max_prompt={c.max_prompt} and {name}={c[name]} make more than the "
+                f"{positions} positions of the {who}: lower one of them"
+            )
 
 
 def _setting(config: Any, name: str) -> Any:

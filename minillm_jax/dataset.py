@@ -138,7 +138,8 @@ class Data:
             rows,
             template=c.template,
             max_prompt=c.max_prompt,
-            max_response=c.max_response,
+            max_response=c.max_answer or c.max_response,
+            max_tokens=c.max_prompt + c.max_response,
             answers=answers,
             long_prompts=c.long_prompts,
         )
@@ -171,20 +172,24 @@ class Data:
 
         return self._once("corpus", make)
 
-    def padding(self) -> dict[str, int]:
-        """The geometry of a batch, for `pad` and the loaders."""
+    def padding(self, examples: Sequence[Example]) -> dict[str, int]:
+        """The geometry of batches of these examples, for `pad` and the loaders.
+
+        The response buffer is that of sampling, unless there are given answers that need more.
+        """
         c = self.config.data
+        longest = max((len(example.response) for example in examples), default=0)
         return {
             "prompt_slots": c.max_prompt,
-            "response_slots": c.max_response,
+            "response_slots": c.max_response if longest <= c.max_response else c.max_answer,
             "pad_id": self.tokenizer.pad_id,
         }
 
     def batches(self, examples: Sequence[Example], batch_size: int) -> loader.Batches:
         """Endless shuffled batches."""
-        return loader.batches(examples, batch_size, self.seed, **self.padding())
+        return loader.batches(examples, batch_size, self.seed, **self.padding(examples))
 
     def ordered(self, examples: Sequence[Example]) -> list[tuple[Sequences, int]]:
         """The examples once, in order, in batches of evaluation."""
         size = min(self.config.evaluate.batch_size, len(examples))
-        return list(loader.ordered(examples, size, **self.padding()))
+        return list(loader.ordered(examples, size, **self.padding(examples)))

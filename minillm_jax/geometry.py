@@ -15,6 +15,7 @@ def geometry(build: Builder, names: Iterable[str]) -> dict[str, Any]:
         "prompts": rows,
         "prompt_slots": c.max_prompt,
         "response_slots": c.max_response,
+        "answer_slots": max(c.max_answer, c.max_response),
     }
     for name in names:
         section, known = build.section(name), rows["train"]

@@ -1,6 +1,7 @@
 """What the builder reads of the weights, and when."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -50,6 +51,34 @@ def test_the_teacher_is_read_once_and_its_student_not_at_all(builder, opened):
     jax.tree.map(lambda leaf: leaf.delete(), student.params)  # as training does, which donates them
     assert_equal_trees(builder.student().params, wanted.params)
     assert_equal_trees(teacher.params, hf.load(builder.config.teacher.path).params)
+
+
+def test_given_answers_may_be_longer_than_sampled_ones(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config = toy_config(tmp_path)
+    config.data.max_prompt, config.data.max_response, config.data.max_answer = 12, 4, 10
+    answer, file = "red cat " * 6, tmp_path / "train.jsonl"
+    lines = [json.loads(line) | {"output": answer} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = Builder(config).data
+    gold, asked = data.gold("train"), data.prompts("train")
+    assert {len(e.response) for e in gold} == {min(10, 16 - len(e.prompt)) for e in gold}
+    assert data.batches(gold, 2)[0].response.shape == (2, 10)
+    assert data.batches(asked, 2)[0].response.shape == (2, 4)
+    cut = [dataclasses.replace(e, response=e.response[:4]) for e in gold]
+    assert data.ordered(cut)[0][0].response.shape == (8, 4)
+
+
+def test_the_temperature_is_the_teachers_alone(builder):
+    builder.config.teacher.temperature = 0.5
+    plain = builder.teacher_checkpoint.config
+    tempered = dataclasses.replace(plain, logit_scale=2.0)
+    assert builder.teacher.config == tempered and builder._models()[1] == tempered
+    assert_equal_trees(builder.teacher.params, hf.load(builder.config.teacher.path).params)
+    # Its own fine-tuning is not at that temperature, nor is a student made of its layers.
+    assert builder.untuned_teacher().config == plain
+    assert builder.student().config == builder._models()[0]
+    assert builder.student().config == dataclasses.replace(plain, layers=1)
 
 
 def test_without_the_teacher_only_the_kept_layers_are_read(builder, opened):

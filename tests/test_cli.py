@@ -118,6 +118,7 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
     ]
     + [
         ("distill.alpha", 1.5, "the teacher's share is between 0 and 1"),
+        ("teacher.temperature", 0.0, "config.teacher.temperature=0.0: give a number above 0"),
         ("distill.estimator", "mine", "config.distill.estimator='mine': "),
         ("distill.gamma", 2.0, "config.distill.gamma=2.0"),
         ("distill.batch_size", 3, "is not a multiple of config.distill.batch_size=3"),
@@ -153,6 +154,7 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
         ("student.keep_layers", "ab", "config.student.keep_layers="),
         ("mesh.data", 3, "does not fit the 1 devices here"),
         ("data.max_prompt", 3, "the limit is 3 (8 of 8 rows are over it); raise config.data.max_p"),
+        ("data.max_answer", 120, "max_answer=120 make more than the 128 positions of the teacher"),
         ("data.max_response", 120, "more than the 128 positions of the teacher: lower one of them"),
     ],
 )  # fmt: skip

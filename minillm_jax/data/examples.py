@@ -1,5 +1,6 @@
 """Tokenised examples under length limits, and their padding into `Sequences`."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,13 +28,15 @@ def make_examples(
     template: str,
     max_prompt: int,
     max_response: int,
+    max_tokens: int | None = None,
     answers: bool = True,
     long_prompts: str = "error",
 ) -> list[Example]:
     """Tokenise rows: the prompt by itself, then the first reference and the end of sequence.
 
-    A response of `max_response` tokens or more is cut there and then has no end of sequence, so
-    that nothing teaches the model to stop in the middle. With `answers=False` responses are empty.
+    A response of more than `max_response` tokens, or with its prompt of more than `max_tokens`, is
+    cut there and then has no end of sequence, so that nothing teaches the model to stop in the
+    middle. With `answers=False` responses are empty.
 
     Args:
         long_prompts: `error`, or `drop` to leave rows with an over-long prompt out.
@@ -74,10 +77,11 @@ def make_examples(
             if not response:
                 raise InputError(f"{named[index]}: the output has no tokens; remove the row")
             response.append(tokenizer.eos_id)
-    return [
-        Example(tuple(prompts[index]), tuple(response[:max_response]), index)
-        for index, response in zip(kept, responses, strict=True)
-    ]
+    found = []
+    for index, response in zip(kept, responses, strict=True):
+        most = min(max_response, (max_tokens or sys.maxsize) - len(prompts[index]))
+        found.append(Example(tuple(prompts[index]), tuple(response[:most]), index))
+    return found
 
 
 def pad(

@@ -62,6 +62,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     head_bias: bool = False
     tied_head: bool = True
+    logit_scale: float = 1.0  # logits are logit_scale (h W^T + b): 1 / temperature
     dropout: float = 0.0  # of the output of both branches of every layer
     embed_dropout: float = 0.0  # of the input of the layers
     attention_dropout: float = 0.0  # of the attention weights
@@ -99,6 +100,8 @@ class DecoderConfig:
             raise ValueError(f"windows must be None or at least 1, not {self.windows}")
         if self.parallel_residual and not self.norm_first:
             raise ValueError("parallel_residual needs norm_first")
+        if not 0.0 < self.logit_scale < float("inf"):
+            raise ValueError(f"logit_scale must be above 0, not {self.logit_scale}")
         for name in ("dropout", "embed_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")

@@ -74,7 +74,9 @@ class Decoder(nn.Module):
         """Map the output of the layers [B, T, D] to hidden states [B, T, E]."""
         with jax.named_scope("final_norm"):
             x = self.final_norm(x) if self.config.norm_first else x
-            return self.project_out(x) if self.config.embed_width != self.config.width else x
+            x = self.project_out(x) if self.config.embed_width != self.config.width else x
+            # Here and in the bias of `head`, so that whoever multiplies the two has scaled logits.
+            return x if self.config.logit_scale == 1 else x * self.config.logit_scale
 
 
 @flax.struct.dataclass
@@ -142,7 +144,8 @@ def head(config: DecoderConfig, params: Params) -> Head:
     """Return the output head, which shares the token embedding when `tied_head`."""
     own = params.get("head", {})
     weight = params["embed"]["tokens"] if config.tied_head else own["weight"]
-    return Head(weight, own.get("bias"))
+    bias = own.get("bias")
+    return Head(weight, bias if bias is None else bias * config.logit_scale)
 
 
 def logits(head: Head, hidden: jax.Array) -> jax.Array:

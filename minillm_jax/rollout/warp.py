@@ -100,17 +100,12 @@ def best(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def choose(
-    warp: Warp, logits: jax.Array, uniform: jax.Array, greedy: jax.Array | None = None
-) -> jax.Array:
+def choose(warp: Warp, logits: jax.Array, uniform: jax.Array) -> jax.Array:
     """An id for each row of `logits` [B, V], which are warped already; returns [B] int32.
 
-    The best one at temperature 0 and in the rows `greedy` [B], else a draw.
+    The best one at temperature 0, else a draw.
     """
-    if warp.temperature == 0.0:
-        return best(logits)
-    drawn = draw(logits, uniform)
-    return drawn if greedy is None else jnp.where(greedy, best(logits), drawn)
+    return best(logits) if warp.temperature == 0.0 else draw(logits, uniform)
 
 
 def _banned(history: jax.Array, length: jax.Array, n: int, vocab: int) -> jax.Array:

@@ -31,32 +31,29 @@ def respond(
 def respond_twice(
     run: Run, model: Model, examples: Sequence[Example], seed: int
 ) -> tuple[list[Answered], list[Answered]]:
-    """Let `model` answer prompts, sampled at temperature 1 and greedily.
-
-    Both are rows of one batch: one program to compile, and a decoding step reads its weights once.
-    """
+    """Let `model` answer prompts, sampled at temperature 1 and greedily, in one batch."""
     key = jax.random.key(seed)
     sampled: list[Answered] = []
     greedy: list[Answered] = []
     for index, (batch, real) in enumerate(run.build.data.ordered(examples)):
         rows = len(batch.prompt)
-        twice = jax.tree.map(lambda x: np.concatenate([x, x]), batch)
-        number = np.arange(2 * rows)
-        counted, best = number % rows < real, number >= rows
+        counted = np.arange(rows) < real
         once = jax.random.fold_in(key, index)
-        found = _answer(run, model, twice, counted, Warp(), once, best)
+        found = _answer(run, model, batch, counted, Warp(), once, with_greedy=True)
         sampled.append((jax.tree.map(lambda x, rows=rows: x[:rows], found), real))
         greedy.append((jax.tree.map(lambda x, rows=rows: x[rows:], found), real))
     return sampled, greedy
 
 
-def _answer(run, model, batch, counted, warp, key, greedy=None) -> Sequences:
+def _answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequences:
     """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
     options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
     prompt = batch.prompt, batch.prompt_mask
-    answer = generate(model.config, model.params, *prompt, key, **options, greedy=greedy)
-    mask = np.asarray(answer.mask) & counted[:, None]
-    return Sequences(*prompt, np.asarray(answer.tokens), mask)
+    answer = generate(model.config, model.params, *prompt, key, **options, with_greedy=with_greedy)
+    times = 1 + with_greedy
+    asked = [np.tile(part, (times, 1)) for part in prompt]
+    mask = np.asarray(answer.mask) & np.tile(counted, times)[:, None]
+    return Sequences(*asked, np.asarray(answer.tokens), mask)
 
 
 def token_lists(batch: Sequences, real: int) -> list[list[int]]:

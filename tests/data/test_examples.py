@@ -40,6 +40,14 @@ def test_a_truncated_response_has_no_end_token(toy: Tokenizer):
         assert len(example.response) == min(words + ends, 4)
 
 
+def test_prompt_and_response_are_cut_together(toy: Tokenizer):
+    row = Row("one", "", ("cat " * 6,))
+    for total, length in ((7, 3), (8, 4), (11, 7), (12, 7)):
+        (example,) = make(toy, [row], max_response=9, max_tokens=total)
+        assert (len(example.prompt), len(example.response)) == (4, length)
+        assert (toy.eos_id in example.response) is (length == 7)
+
+
 def test_an_over_long_prompt_is_refused_or_dropped(toy: Tokenizer):
     with pytest.raises(InputError, match=r"f:2: a prompt of 33 .* 8 \(1 of 2 .*data\.max_prompt"):
         make(toy, [SHORT, LONG])

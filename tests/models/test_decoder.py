@@ -11,11 +11,14 @@ from tiny_decoders import CONFIGS, GPT2, LLAMA, params_of, tokens_of
 from minillm_jax.models import (
     RopeScaling,
     abstract_params,
+    extend,
     head,
     hidden_states,
+    init_cache,
     init_params,
     logical_axes,
     logits,
+    unstack,
 )
 from minillm_jax.models.attention import attend, rotary_angles, rotary_frequencies, rotate
 
@@ -40,6 +43,20 @@ def test_padding_on_either_side_or_none_gives_the_same_states(config):
         )
         assert np.isfinite(padded).all()
         np.testing.assert_allclose(padded[:, before : before + 6], plain, atol=ATOL, rtol=0)
+
+
+def test_the_logit_scale_multiplies_every_logit_read_at_once_or_through_the_cache(config):
+    params, tokens, mask = params_of(config), tokens_of(2, 6), jnp.ones((2, 6), bool)
+
+    def read(config):
+        at_once = hidden_states(config, params, tokens, mask)
+        cache = init_cache(config, 2, 6, jnp.float32)
+        cached, _ = extend(config, unstack(config, params), tokens, mask, cache)
+        return [logits(head(config, params), hidden) for hidden in (at_once, cached)]
+
+    scaled = read(dataclasses.replace(config, logit_scale=2.5))
+    for plain, found in zip(read(config), scaled, strict=True):
+        np.testing.assert_allclose(found, 2.5 * plain, atol=ATOL, rtol=1e-5)
 
 
 def test_tokens_in_the_padding_change_nothing(config):

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from golden import make
+from refusals import refused
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -37,15 +38,6 @@ def edit_config(folder, **values):
 
 def assert_equal_trees(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def refused(folder, *said):
-    with pytest.raises(InputError) as caught:
-        hf.load(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    for words in said:
-        assert words in message
 
 
 def test_the_tree_is_that_of_the_decoder(folder):

@@ -9,25 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from golden import make
+from refusals import refused
 from safetensors.numpy import load_file
 
 from minillm_jax.models import hf
-from minillm_jax.types import InputError
 
 
 @pytest.fixture(params=["gptj", "opt"])
 def folder(request, tmp_path):
     make.write_folder(request.param, tmp_path / "model")
     return tmp_path / "model"
-
-
-def refused(folder, *said):
-    with pytest.raises(InputError) as caught:
-        hf.load(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    for words in said:
-        assert words in message
 
 
 def pickled(folder, dtype=None, **options):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from golden import make
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 from minillm_jax import models
@@ -26,15 +27,6 @@ def folder(tmp_path):
 
 def assert_equal_trees(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def refused(folder, *said):
-    with pytest.raises(InputError) as caught:
-        hf.load(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    for words in said:
-        assert words in message
 
 
 def sharded(config):

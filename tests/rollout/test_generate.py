@@ -11,10 +11,10 @@ GREEDY = Warp(temperature=0.0)
 CONFIG, PARAMS = toy(0, vocab=VOCAB)
 
 
-def answer(prompt, mask, *, warp=GREEDY, slots=12, key=0, vocab=VOCAB, eos=EOS, greedy=None):
+def answer(prompt, mask, *, warp=GREEDY, slots=12, key=0, vocab=VOCAB, eos=EOS, **more):
     return generate(
         CONFIG, PARAMS, prompt, mask, jax.random.key(key),
-        slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=vocab, greedy=greedy,
+        slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=vocab, **more,
     )  # fmt: skip
 
 
@@ -34,13 +34,14 @@ def test_greedy_is_the_argmax_of_the_full_forward():
     assert jnp.all((best == found.tokens) | ~found.mask)
 
 
-def test_greedy_rows_beside_sampled_ones_change_neither():
+def test_greedy_answers_beside_sampled_ones_change_neither():
     prompt, mask = prompts(32, 5, VOCAB)
-    alone = answer(prompt, mask), answer(prompt, mask, warp=Warp(), key=4)
-    both = answer(prompt, mask, warp=Warp(), key=4, greedy=jnp.arange(32) < 16)
-    rows = jnp.arange(32)[:, None] < 16
-    np.testing.assert_array_equal(both.tokens, jnp.where(rows, alone[0].tokens, alone[1].tokens))
-    assert (alone[0].tokens != alone[1].tokens).any()
+    drawn, best = answer(prompt, mask, warp=Warp(), key=4), answer(prompt, mask)
+    both = answer(prompt, mask, warp=Warp(), key=4, with_greedy=True)
+    for name in ("tokens", "mask"):
+        parts = [getattr(drawn, name), getattr(best, name)]
+        np.testing.assert_array_equal(getattr(both, name), jnp.concatenate(parts))
+    assert (drawn.tokens != best.tokens).any()
 
 
 def test_mask_ends_with_the_first_end_of_sequence():

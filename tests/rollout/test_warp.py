@@ -72,9 +72,3 @@ def test_greedy_takes_the_best():
     found = choose(Warp(temperature=0.0), logits, jnp.full((4,), 0.999))
     assert found[:3].tolist() == jnp.argmax(logits[:3], axis=-1).tolist() == [1, 1, 0]
     assert 0 <= found[3] < 3
-
-
-def test_only_greedy_rows_take_the_best():
-    logits = jnp.array([[0.0, 2.0, 1.0]] * 2)
-    found = choose(Warp(), logits, jnp.array([0.999, 0.999]), jnp.array([True, False]))
-    assert found.tolist() == [1, 2]

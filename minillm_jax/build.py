@@ -198,7 +198,7 @@ class Builder:
     @functools.cached_property
     def data(self) -> Data:
         """Rows, prompts, answers and batches."""
-        return Data(self.config, lambda: self.tokenizer, self.seed, self.workdir)
+        return Data(self.config, lambda: self.tokenizer, self.seed, self.workdir, self.ways)
 
     # Training.
 

@@ -21,8 +21,19 @@ SPLITS = ("train", "validation", "test")
 class Data:
     """Reads and tokenises each thing once, when it is first asked for."""
 
-    def __init__(self, config: Any, tokenizer: Callable[[], Tokenizer], seed: int, workdir: Path):
-        """`tokenizer` makes it when it is needed; texts from scratch are kept in `workdir`."""
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Callable[[], Tokenizer],
+        seed: int,
+        workdir: Path,
+        ways: int = 1,
+    ):
+        """`tokenizer` makes it when it is needed; texts from scratch are kept in `workdir`.
+
+        `ways` is the number of devices over which the rows of a batch are split.
+        """
+        self.ways = ways
         self.config = config
         self.seed = seed
         self.workdir = workdir
@@ -190,6 +201,7 @@ class Data:
         return loader.batches(examples, batch_size, self.seed, **self.padding(examples))
 
     def ordered(self, examples: Sequence[Example]) -> list[tuple[Sequences, int]]:
-        """The examples once, in order, in batches of evaluation."""
+        """The examples once, in order, in batches of evaluation that split over the devices."""
         size = min(self.config.evaluate.batch_size, len(examples))
+        size = -(-size // self.ways) * self.ways
         return list(loader.ordered(examples, size, **self.padding(examples)))

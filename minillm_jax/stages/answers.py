@@ -12,6 +12,7 @@ from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import read_rows, write_rows
 from minillm_jax.rollout import Warp, generate
+from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.types import Sequences
 
@@ -49,7 +50,8 @@ def _answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequenc
     """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
     options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
     prompt = batch.prompt, batch.prompt_mask
-    answer = generate(model.config, model.params, *prompt, key, **options, with_greedy=with_greedy)
+    put = place(prompt, batch_sharding(run.build.mesh))
+    answer = generate(model.config, model.params, *put, key, **options, with_greedy=with_greedy)
     times = 1 + with_greedy
     asked = [np.tile(part, (times, 1)) for part in prompt]
     mask = np.asarray(answer.mask) & np.tile(counted, times)[:, None]

@@ -11,6 +11,7 @@ from minillm_jax.evaluation.divergence import per_token, stack
 from minillm_jax.evaluation.rouge import mean_rouge_l
 from minillm_jax.modelfiles import Model
 from minillm_jax.rollout import Warp
+from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Run
 from minillm_jax.stages.answers import answered, references, respond, texts_of
 
@@ -23,7 +24,11 @@ def answer_loss(run: Run, examples: Sequence[Example], model: Model) -> float:
     total = tokens = 0.0
     for batch, real in run.build.data.ordered(examples):
         nll = divergence.answer_nll(
-            model.config, model.params, batch, run.build.vocab, run.build.arithmetic(model)
+            model.config,
+            model.params,
+            place(batch, batch_sharding(run.build.mesh)),
+            run.build.vocab,
+            run.build.arithmetic(model),
         )
         total += float(np.asarray(nll)[:real].sum())
         tokens += float(batch.response_mask[:real].sum())
@@ -59,7 +64,7 @@ def measure(run: Run, model: Model, batches: Any) -> dict[str, np.ndarray]:
             teacher.config,
             model.params,
             teacher.params,
-            batch,
+            place(batch, batch_sharding(run.build.mesh)),
             run.build.vocab,
             run.build.arithmetic(model),
         )

@@ -1,0 +1,54 @@
+"""Batches of evaluation on several devices: their rows are split, and nothing else changes."""
+
+import numpy as np
+import pytest
+
+from minillm_jax.build import Builder
+from minillm_jax.reporting.writers import MetricsWriter
+from minillm_jax.rollout import Warp
+from minillm_jax.stages import Run, answers, measures
+from tests.toy_run import one_device, toy_config
+
+GREEDY = Warp(temperature=0.0)
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """Three greedy answers and the divergences on them, by the number of devices."""
+
+    def judge(devices):
+        one_device(monkeypatch, devices)
+        seen = set()
+        for module, name in ((answers, "generate"), (measures.divergence, "sums")):
+            call = getattr(module, name)
+
+            def spy(*args, call=call, **options):
+                batch = args[2] if call is generate else args[4].response
+                seen.add(tuple(part.data.shape for part in batch.addressable_shards))
+                return call(*args, **options)
+
+            monkeypatch.setattr(module, name, spy)
+        with MetricsWriter(tmp_path) as metrics:
+            run = Run(Builder(toy_config(tmp_path)), tmp_path, metrics)
+            student = run.build.student()
+            batches = list(
+                answers.respond(run, student, run.build.data.prompts("train")[:3], GREEDY, 0)
+            )
+            found = measures.measure(run, student, batches)
+        monkeypatch.undo()
+        return answers.texts_of(run, batches), found, seen
+
+    generate = answers.generate
+    return judge
+
+
+def test_rows_are_split_over_the_devices_and_padded_up_to_them(judged):
+    texts, figures, whole = judged(1)
+    assert whole == {((3, 16),), ((3, 8),)}
+    for devices in (2, 4):
+        again, found, shapes = judged(devices)
+        each = 4 // devices
+        assert shapes == {((each, 16),) * devices, ((each, 8),) * devices}
+        assert again == texts and len(found["tokens"]) == 3
+        for name, value in figures.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)

@@ -2,19 +2,24 @@
 
     python -m benchmarks.quickstart --workdir runs/seeds --seeds 0,1,2 --json runs/seeds/table.json
 
-Per seed: `configs/quickstart.py` as a user runs it; then the SFT student that MiniLLM started from
-is fine-tuned further on the teacher's answers for as many seconds as the MiniLLM stage took,
-compilation and validation included in both, with its own cosine schedule and its own choice by
-validation loss. What is done already is not done again; the table is made of what is there.
+Per seed: `configs/quickstart.py` as a user runs it, and two controls made of the SFT student that
+MiniLLM started from. `further_sft` is fine-tuned further on the teacher's answers for as many
+seconds as the MiniLLM stage took, loading, compilation and validation included in both, with its
+own cosine schedule and its own choice by validation loss. `sharpened_sft` has its logits multiplied
+by the number that gives the lowest reverse KL on the validation prompts: what a change of
+temperature alone does. What is done already is not done again; the table is of what is there.
 """
 
 import argparse
+import dataclasses
+import itertools
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
+from minillm_jax.reporting.writers import MetricsWriter, read_json, read_rows, write_json
 
 COLUMNS = (
     "reverse_kl",
@@ -27,7 +32,9 @@ COLUMNS = (
     "greedy_repetition",
     "greedy_loops",
 )
-MODELS = ("teacher", "start", "sft", "further_sft", "minillm")
+MODELS = ("teacher", "start", "sft", "sharpened_sft", "further_sft", "minillm")
+CONTROLS = ("further_sft", "sharpened_sft")
+SCALES = (1.25, 1.5, 2.0)  # of the logits; 1 is `sft`
 
 
 def main() -> None:
@@ -42,44 +49,76 @@ def main() -> None:
         workdir = root / f"seed{seed}"
         command = [sys.executable, "-m", "minillm_jax.main", "--config", "configs/quickstart.py"]
         subprocess.run([*command, f"--config.seed={seed}", f"--workdir={workdir}"], check=True)
-        if not (workdir / "further_sft.json").exists():
-            further_sft(seed, workdir)
-    found = [
-        read_json(path.parent / "summary.json")["models"]
-        | {"further_sft": read_json(path)["figures"]}
-        for path in sorted(root.glob("seed*/further_sft.json"))
-    ]
+        for name, make in zip(CONTROLS, (further_sft, sharpened_sft), strict=True):
+            if not (workdir / f"{name}.json").exists():
+                write_json(workdir / f"{name}.json", make(seed, workdir))
+    found = []
+    for seed in sorted(root.glob("seed*")):
+        if all((seed / f"{name}.json").exists() for name in CONTROLS):
+            made = {name: read_json(seed / f"{name}.json")["figures"] for name in CONTROLS}
+            found.append(read_json(seed / "summary.json")["models"] | made)
     table = tabulate(found)
     print(as_text(table))
     if asked.json:
         write_json(asked.json, table)
 
 
-def further_sft(seed: int, workdir: Path) -> None:
-    """The baseline of one seed, into `workdir/further_sft.json`."""
-    from configs.quickstart import get_config
-    from minillm_jax.build import Builder
-    from minillm_jax.stages import Run
+def further_sft(seed: int, workdir: Path) -> dict:
+    """The SFT student after as many more seconds of SFT as MiniLLM took."""
     from minillm_jax.stages.evaluation import held_out
     from minillm_jax.stages.training import fine_tune, student
 
     done = read_json(workdir / "summary.json")["stages"]
-    seconds = done["distill"]["seconds"]
-    config = get_config()
-    # A new order of the answers, and a schedule that ends when the time does.
-    config.seed = seed + 1000
-    config.sft.steps = round(
-        seconds * done["student_sft"]["updates"] / done["student_sft"]["seconds"]
-    )
-    config.sft.evaluate_every = max(config.sft.steps // 6, 1)
-    config.sft.save_every = 10**9
+    sft, wanted = done["student_sft"], done["distill"]["seconds"]
+    rows = read_rows(workdir / "metrics.jsonl")
+    times = [row["seconds"] for row in rows if row["stage"] == "student_sft" and "loss" in row]
+    each = statistics.median(after - before for before, after in itertools.pairwise(times))
+    rest = sft["seconds"] - each * sft["updates"]  # loading, compilation, validation
     with MetricsWriter(workdir) as metrics:
-        run = Run(Builder(config, workdir), workdir, metrics)
+        run = _run(workdir, metrics)
+        # A new order of the answers, and a schedule that ends when the time does.
+        run.build.data.seed = seed + 1000
+        run.build.config.sft.steps = round((wanted - rest) / each)
+        run.build.config.sft.evaluate_every = max(run.build.config.sft.steps // 2, 1)
+        run.build.config.sft.save_every = 10**9
+        began = time.monotonic()
         start = student(run.build, run.model("student_sft"))
-        outcome = fine_tune(run, "further_sft", start, seconds=seconds)
+        outcome = fine_tune(run, "further_sft", start)
+        outcome |= {"seconds": time.monotonic() - began, "seconds_of_minillm": wanted}
         run.build.seed = seed  # the samples of the other models
         figures, _ = held_out(run, run.build.student(run.model("further_sft")))
-    write_json(workdir / "further_sft.json", {"figures": figures, "outcome": outcome})
+    return {"figures": figures, "outcome": outcome}
+
+
+def sharpened_sft(seed: int, workdir: Path) -> dict:
+    """The SFT student at the temperature that is best on the validation prompts."""
+    from minillm_jax.stages.evaluation import held_out
+    from minillm_jax.stages.measures import validation
+
+    with MetricsWriter(workdir) as metrics:
+        run = _run(workdir, metrics)
+        run.build.seed = seed
+        model = run.build.student(run.model("student_sft"))
+
+        def at(scale: float):
+            return dataclasses.replace(
+                model, config=dataclasses.replace(model.config, logit_scale=scale)
+            )
+
+        scores = {
+            scale: validation(run, at(scale), {"reverse_kl"})["reverse_kl"] for scale in SCALES
+        }
+        best = min(scores, key=scores.__getitem__)
+        figures, _ = held_out(run, at(best))
+    return {"figures": figures, "outcome": {"scale": best, "validation": list(scores.items())}}
+
+
+def _run(workdir: Path, metrics: MetricsWriter):
+    from configs.quickstart import get_config
+    from minillm_jax.build import Builder
+    from minillm_jax.stages import Run
+
+    return Run(Builder(get_config(), workdir), workdir, metrics)
 
 
 def tabulate(seeds: list[dict]) -> dict:
@@ -92,7 +131,7 @@ def tabulate(seeds: list[dict]) -> dict:
             )
             for column in COLUMNS
         }
-    for base in ("sft", "further_sft"):
+    for base in ("sft", *CONTROLS):
         ratios = [1 - run["minillm"]["reverse_kl"] / run[base]["reverse_kl"] for run in seeds]
         table["reduction"][base] = spread(ratios) | {"each": ratios}
     return table

@@ -43,8 +43,8 @@ def base() -> ml_collections.ConfigDict:
     config.data.template = "chat"  # the model's own chat template, or alpaca, alpaca_qwen
     config.data.max_prompt = 128  # prompt buffer P in tokens
     config.data.max_response = 64  # response buffer N in tokens
-    # Most tokens of a given answer in SFT and KD, cut so that prompt and answer are within
-    # max_prompt + max_response; 0: as max_response. Beyond it only the batch gets wider.
+    # Most tokens of a given answer, cut so that prompt and answer are within max_prompt +
+    # max_response; 0: as max_response. Batches of longer ones are wider: max_prompt + max_answer.
     config.data.max_answer = 0
     config.data.long_prompts = "error"  # of more than max_prompt tokens; or drop their rows
     config.data.limit = 0  # use that many training rows; 0: all

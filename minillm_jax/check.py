@@ -82,9 +82,10 @@ def check(config: Any, ways: int = 1) -> None:
             raise InputError(
                 f"config.{name}.kd_ratio={ratio}: the teacher's share is between 0 and 1"
             )
-    if not 0.0 < config.teacher.temperature < float("inf"):
+    if not 0.01 <= config.teacher.temperature <= 100.0:
         raise InputError(
-            f"config.teacher.temperature={config.teacher.temperature}: give a number above 0"
+            f"config.teacher.temperature={config.teacher.temperature}: give a number from 0.01 to "
+            "100"
         )
     if not (config.teacher.path or config.teacher.fine_tuned):
         raise InputError("config.teacher.path is empty: give an HF folder or a GGUF file")

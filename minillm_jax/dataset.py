@@ -200,8 +200,10 @@ class Data:
         """Endless shuffled batches."""
         return loader.batches(examples, batch_size, self.seed, **self.padding(examples))
 
-    def ordered(self, examples: Sequence[Example]) -> list[tuple[Sequences, int]]:
-        """The examples once, in order, in batches of evaluation that split over the devices."""
-        size = min(self.config.evaluate.batch_size, len(examples))
+    def ordered(
+        self, examples: Sequence[Example], batch_size: int = 0
+    ) -> list[tuple[Sequences, int]]:
+        """The examples once, in order, in batches that split over the devices; 0: evaluation's."""
+        size = min(batch_size or self.config.evaluate.batch_size, len(examples))
         size = -(-size // self.ways) * self.ways
         return list(loader.ordered(examples, size, **self.padding(examples)))

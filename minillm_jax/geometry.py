@@ -15,8 +15,11 @@ def geometry(build: Builder, names: Iterable[str]) -> dict[str, Any]:
         "prompts": rows,
         "prompt_slots": c.max_prompt,
         "response_slots": c.max_response,
-        "answer_slots": max(c.max_answer, c.max_response),
     }
+    if c.max_answer > c.max_response and (
+        build.outline.answers == "data" or build.outline.tunes_teacher
+    ):
+        found["answer_slots"] = c.max_answer
     for name in names:
         section, known = build.section(name), rows["train"]
         known = known if isinstance(known, int) else 0

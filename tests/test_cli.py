@@ -118,7 +118,7 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
     ]
     + [
         ("distill.alpha", 1.5, "the teacher's share is between 0 and 1"),
-        ("teacher.temperature", 0.0, "config.teacher.temperature=0.0: give a number above 0"),
+        ("teacher.temperature", 0.0, "config.teacher.temperature=0.0: give a number from 0.01 to"),
         ("distill.estimator", "mine", "config.distill.estimator='mine': "),
         ("distill.gamma", 2.0, "config.distill.gamma=2.0"),
         ("distill.batch_size", 3, "is not a multiple of config.distill.batch_size=3"),

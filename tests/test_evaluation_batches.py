@@ -52,3 +52,19 @@ def test_rows_are_split_over_the_devices_and_padded_up_to_them(judged):
         assert again == texts and len(found["tokens"]) == 3
         for name, value in figures.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_teacher_answers_so_many_prompts_at_a_time(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config = toy_config(tmp_path)
+    config.answers.batch_size = 3
+    generate, sizes = answers.generate, []
+
+    def spy(config, params, prompt, *args, **options):
+        sizes.append(len(prompt))
+        return generate(config, params, prompt, *args, **options)
+
+    monkeypatch.setattr(answers, "generate", spy)
+    with MetricsWriter(tmp_path) as metrics:
+        answers.teacher_answers(Run(Builder(config), tmp_path, metrics))
+    assert sizes == [3, 3, 3, 2, 2]  # 8, 2 and 2 prompts

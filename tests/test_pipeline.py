@@ -74,6 +74,7 @@ def test_a_run_leaves_its_summary_report_metrics_and_answers(finished):
     assert summary["models"]["start"] != summary["models"]["sft"] != summary["models"]["minillm"]
     stages = summary["stages"]
     assert list(stages) == ["teacher_answers", "student_sft", "distill", "evaluate"]
+    assert all(stage["tokens"] > 0 for stage in stages.values())
     assert all(stage["seconds"] >= 0 for stage in stages.values())
     assert stages["student_sft"]["updates"] == stages["distill"]["updates"] == 4
     logged = sum(row.get("tokens", 0) for row in rows(workdir, "distill"))

@@ -102,7 +102,7 @@ def pad(
             raise InputError(
                 f"row {example.row}: {len(example.prompt)} prompt and {len(example.response)} "
                 f"response tokens in {prompt_slots} and {response_slots} slots; raise "
-                "config.data.max_prompt or config.data.max_response"
+                "config.data.max_prompt, max_response or max_answer"
             )
         # not [-length:], which for an empty prompt would be every slot
         prompt[b, prompt_slots - len(example.prompt) :] = example.prompt

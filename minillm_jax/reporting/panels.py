@@ -44,7 +44,16 @@ PANELS = (
         (
             Series("distill", "policy_loss", "policy", _MINILLM),
             Series("distill", "single_step_loss", "single step", "other1"),
-            Series("distill", "language_loss", "language model", _SFT),
+            Series("distill", "corpus_loss", "plain text", _SFT),
+        ),
+    ),
+    Panel(
+        "distill-loss",
+        "Loss while distilling",
+        "nats per token",
+        (
+            Series("distill", "loss", "training", _MINILLM),
+            Series("distill", "valid_loss", "validation", _MINILLM, points=True),
         ),
     ),
     Panel(

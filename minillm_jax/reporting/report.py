@@ -72,7 +72,7 @@ def render(
     samples = [_sample(row) for row in answers]
     return environment.get_template("report.html").render(
         title=_title(summary, config),
-        about=_about(summary),
+        about=_about(summary, config),
         findings=results.findings(summary),
         tiles=_tiles(summary),
         result_charts=_result_charts(summary),
@@ -123,12 +123,16 @@ def _name(part: Any) -> str:
     return name.removesuffix(".gguf")
 
 
-def _about(summary: Mapping[str, Any]) -> list[str]:
+def _about(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     about = []
     if summary.get("config"):
         about.append(f"config {summary['config']}")
     if summary.get("seed") is not None:
         about.append(f"seed {summary['seed']}")
+    teacher = config.get("teacher")
+    temperature = teacher.get("temperature", 1.0) if isinstance(teacher, Mapping) else 1.0
+    if temperature != 1.0:
+        about.append(f"teacher at temperature {temperature:g}")
     return about
 
 

@@ -51,7 +51,8 @@ COLUMNS = (
         "Reverse KL",
         "nats/token",
         formats.fixed,
-        "exact, per token, from the student to the teacher on the student's own samples",
+        "exact, per token, from the student to the teacher at its temperature, on the student's "
+        "own samples",
         "lower",
     ),
     Column(

@@ -73,7 +73,7 @@ def collect(
     key: jax.Array,
     mixing: Mixing,
 ) -> Rollout:
-    """Sample a response per prompt from the mixture, at temperature 1.
+    """Sample a response per prompt from the mixture of the two models as they are.
 
     Returns:
         The rollout; the loop ends as soon as every row has ended.

@@ -20,11 +20,16 @@ Answered = tuple[Sequences, int]  # a batch, and how many of its rows are real
 
 
 def respond(
-    run: Run, model: Model, examples: Sequence[Example], warp: Warp, seed: int
+    run: Run,
+    model: Model,
+    examples: Sequence[Example],
+    warp: Warp,
+    seed: int,
+    batch_size: int = 0,
 ) -> Iterator[Answered]:
-    """Let `model` answer prompts, in order."""
+    """Let `model` answer prompts, in order, so many at a time (0: as in evaluation)."""
     key = jax.random.key(seed)
-    for index, (batch, real) in enumerate(run.build.data.ordered(examples)):
+    for index, (batch, real) in enumerate(run.build.data.ordered(examples, batch_size)):
         counted = np.arange(len(batch.prompt)) < real
         yield _answer(run, model, batch, counted, warp, jax.random.fold_in(key, index)), real
 
@@ -76,7 +81,6 @@ def teacher_answers(run: Run) -> Outcome:
     Those of every split, or of the training split alone where the data has answers itself.
     """
     c = run.build.config.answers
-    warp = Warp()  # p as it is: its temperature is that of `config.teacher`
     rows, tokens = [], 0
     splits = SPLITS if c.source == "teacher" else ("train",)
     asked = {split: run.build.data.prompts(split) for split in splits}
@@ -86,7 +90,9 @@ def teacher_answers(run: Run) -> Outcome:
             source = run.build.data.rows(split)
             done = 0
             seed = run.build.seed * len(SPLITS) + number
-            for batch, real in respond(run, run.build.teacher, prompts, warp, seed):
+            # p as it is: its temperature is that of `config.teacher`.
+            batches = respond(run, run.build.teacher, prompts, Warp(), seed, c.batch_size)
+            for batch, real in batches:
                 found = token_lists(batch, real)
                 texts = run.build.tokenizer.decode_batch(found)
                 for example, ids, text in zip(prompts[done:], found, texts, strict=False):

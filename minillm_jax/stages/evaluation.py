@@ -13,6 +13,7 @@ from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import write_json, write_rows
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import (
+    Answered,
     answered,
     references,
     respond,
@@ -22,11 +23,18 @@ from minillm_jax.stages.answers import (
 )
 from minillm_jax.stages.measures import SAMPLED, answer_loss, measure
 
+PARTS = 3  # of the judgement of a model
 
-def held_out(run: Run, model: Model) -> tuple[dict[str, Any], list[str]]:
+
+def held_out(
+    run: Run, model: Model, done: Callable[[int], None] = lambda tokens: None
+) -> tuple[dict[str, Any], list[str]]:
     """Every held-out figure of one model, and its greedy answers.
 
-    Sampled answers (temperature 1, the same key for every model) give the reverse KL and the text
+    `done` is told after each of `PARTS` parts how many tokens were written or read in it.
+
+    Sampled answers (each model as it is, the teacher at `teacher.temperature`; the same key for
+    all) give the reverse KL and the text
     statistics; Rouge-L is against the answers of the test set (the teacher's own, where it wrote
     them); the NLL is that of those answers. Of further test sets Rouge-L alone.
     """
@@ -36,10 +44,13 @@ def held_out(run: Run, model: Model) -> tuple[dict[str, Any], list[str]]:
     eos = build.tokenizer.eos_id
 
     sampled, best = respond_twice(run, model, examples, build.seed)
+    done(_tokens(sampled) + _tokens(best))
     distances = {} if model is build.teacher else distance(run, model, sampled)
+    done(_tokens(sampled))
     answers = [ids for batch, real in sampled for ids in token_lists(batch, real)]
     bare = [[i for i in ids if i != eos] for ids in answers]
     nll = answer_loss(run, examples, model)
+    done(sum(len(example.response) for example in examples))
 
     greedy = [ids for batch, real in best for ids in token_lists(batch, real)]
     greedy_bare = [[i for i in ids if i != eos] for ids in greedy]
@@ -59,6 +70,10 @@ def held_out(run: Run, model: Model) -> tuple[dict[str, Any], list[str]]:
         "greedy_loops": float(np.mean([loops(ids) for ids in greedy_bare])),
     } | describe(bare)
     return figures | further(run, model), texts
+
+
+def _tokens(batches: list[Answered]) -> int:
+    return sum(int(batch.response_mask[:real].sum()) for batch, real in batches)
 
 
 def further(run: Run, model: Model) -> dict[str, float]:
@@ -93,10 +108,15 @@ def evaluate(run: Run) -> Outcome:
     if run.model("distill").is_dir():
         makers[build.outline.method] = lambda: build.student(run.model("distill"))
     figures, texts = {}, {}
-    with Progress("evaluate", len(makers)) as bar:
-        for number, (name, make) in enumerate(makers.items(), 1):
-            figures[name], texts[name] = held_out(run, make())
-            bar.update(number)
+    parts: list[int] = []
+    with Progress("evaluate", PARTS * len(makers)) as bar:
+
+        def done(tokens: int) -> None:
+            parts.append(tokens)
+            bar.update(len(parts), tokens=tokens)
+
+        for name, make in makers.items():
+            figures[name], texts[name] = held_out(run, make(), done)
     rows, expected = build.data.rows("test"), references(run, "test")
     kept = []
     for example, reference, *answers in zip(
@@ -113,4 +133,4 @@ def evaluate(run: Run) -> Outcome:
         )
     write_rows(run.workdir / "evaluate" / "answers.jsonl", kept)
     write_json(run.workdir / "evaluate" / "figures.json", figures)
-    return {"tokens": 0, "updates": 0}
+    return {"tokens": sum(parts), "updates": 0}

@@ -8,6 +8,7 @@ import pytest
 from minillm_jax import pipeline
 from minillm_jax.data.tokenizer import load_tokenizer
 from minillm_jax.models import hf
+from minillm_jax.reporting.panels import PANELS
 from tests.toy_run import one_device
 
 
@@ -53,6 +54,9 @@ def test_gptj_into_gpt2_by_minillm_on_the_answers_of_the_data(tmp_path, monkeypa
     assert (tuned.params["embed"]["tokens"] != raw.params["embed"]["tokens"]).any()
     workdir = tmp_path / "run"
     assert len(rows(workdir, "distill", "corpus_loss")) == 4
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    measured = {name for line in lines for name in json.loads(line)}
+    assert {series.metric for panel in PANELS for series in panel.series} <= measured
     for score in ("valid_reverse_kl", "valid_rouge_l"):
         assert rows(workdir, "distill", score)
 

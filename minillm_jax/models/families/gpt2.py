@@ -5,7 +5,7 @@ from minillm_jax.models.families._hf import Attributes, Family, Weight, linear, 
 
 
 def _config(hf: Attributes) -> DecoderConfig:
-    # Dropout of the attention weights is left out, as is all that is for classification.
+    # Left out: all that is for classification.
     hf.ignore("n_ctx", "reorder_and_upcast_attn", "summary_type")
     hf.ignore("summary_use_proj", "summary_activation", "summary_proj_to_labels")
     hf.ignore("summary_first_dropout", "n_special", "output_past", "predict_special_tokens")

@@ -68,16 +68,16 @@ def _old(folder: Path) -> Path:
 
 
 def model_path(spec: str) -> Path:
-    """The model that `spec` means: a work directory's newest student, else `spec` itself."""
+    """The model that `spec` means: that of a work directory (its newest student) or of one of its
+    stages, else `spec` itself."""
     if is_remote(spec):
         return resolve(spec)
     path = Path(spec).expanduser()
     if not path.exists():
         raise InputError(f"{spec}: no such file or folder; give one that holds a model")
-    for stage in ("distill", "student_sft"):
-        student = path / "stages" / stage / "model"
-        if student.is_dir():
-            return student
+    for part in ("stages/distill/model", "stages/student_sft/model", "model"):
+        if (path / part).is_dir():
+            return path / part
     if (path / "metrics.jsonl").is_file():
         raise InputError(f"{spec} is a work directory without a student yet: run student_sft first")
     return path

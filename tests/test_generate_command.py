@@ -142,8 +142,9 @@ def test_a_work_directory_means_its_newest_student(say, heard, model, tmp_path, 
     monkeypatch.setattr(hf, "load", lambda path: opened.append(path) or load(path))
     for stage in ("student_sft", "distill"):
         shutil.copytree(model, tmp_path / "stages" / stage / "model")
-        say("--prompt=why", model=tmp_path)
-        assert opened[-1] == tmp_path / "stages" / stage / "model"
+        for folder in (tmp_path, tmp_path / "stages" / stage):
+            say("--prompt=why", model=folder)
+            assert opened.pop() == tmp_path / "stages" / stage / "model"
 
 
 def write_gguf(path, folder):

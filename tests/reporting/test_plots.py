@@ -14,6 +14,7 @@ def test_every_panel_of_a_whole_run(run):
     assert names == [
         "reverse-kl",
         "distill-losses",
+        "distill-loss",
         "sft-loss",
         "length",
         "ess",

@@ -39,7 +39,7 @@ SCALES = (1.25, 1.5, 2.0)  # of the logits; 1 is `sft`
 
 def main() -> None:
     """Run the seeds that are not done and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workdir", default="runs/seeds", help="one folder per seed in here")
     parser.add_argument("--seeds", default="0,1,2", help="which to run")
     parser.add_argument("--json", default="", help="write the table here, too")

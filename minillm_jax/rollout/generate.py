@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from minillm_jax.models import Cache, DecoderConfig, extend, head, init_cache, logits, unstack
+from minillm_jax.models import DecoderConfig, extend, head, init_cache, logits, unstack
 from minillm_jax.rollout.warp import Warp, best, choose, warped
 from minillm_jax.types import Params
 
@@ -65,10 +65,11 @@ def generate(
     hidden, cache = extend(config, weights, prompt, prompt_mask, cache, dtype=kind)
     hidden = hidden[:, -1]
     if with_greedy:
-        twice = [prompt, prompt_mask, hidden, cache.keys, cache.values, cache.valid, cache.length]
-        twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), twice)
-        prompt, prompt_mask, hidden, *parts = twice
-        cache = Cache(*parts, cache.index)
+        # Every leaf has the rows on axis 0, but for the index that they share.
+        prompt, prompt_mask, hidden, cache = jax.tree.map(
+            lambda x: jnp.concatenate([x, x]) if x.ndim else x,
+            (prompt, prompt_mask, hidden, cache),
+        )
     # Left padding is given ids of its own, so that it never completes an n-gram.
     history = jnp.where(prompt_mask, prompt, -1 - jnp.arange(width)[None])
     history = jnp.pad(history, ((0, 0), (0, slots)))

@@ -54,13 +54,16 @@ def respond_twice(
 def _answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequences:
     """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
     options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
-    prompt = batch.prompt, batch.prompt_mask
-    put = place(prompt, batch_sharding(run.build.mesh))
-    answer = generate(model.config, model.params, *put, key, **options, with_greedy=with_greedy)
+    ids, real = place((batch.prompt, batch.prompt_mask), batch_sharding(run.build.mesh))
+    options["with_greedy"] = with_greedy
+    answer = generate(model.config, model.params, ids, real, key, **options)
     times = 1 + with_greedy
-    asked = [np.tile(part, (times, 1)) for part in prompt]
-    mask = np.asarray(answer.mask) & np.tile(counted, times)[:, None]
-    return Sequences(*asked, np.asarray(answer.tokens), mask)
+    return Sequences(
+        prompt=np.tile(batch.prompt, (times, 1)),
+        prompt_mask=np.tile(batch.prompt_mask, (times, 1)),
+        response=np.asarray(answer.tokens),
+        response_mask=np.asarray(answer.mask) & np.tile(counted, times)[:, None],
+    )
 
 
 def token_lists(batch: Sequences, real: int) -> list[list[int]]:

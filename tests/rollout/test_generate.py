@@ -44,8 +44,8 @@ def test_pairs_of_tokens_have_the_probabilities_of_the_model():
     given = Response(every.reshape(-1, 2), jnp.ones((VOCAB**2, 2), bool))
     asked = jnp.tile(prompt, (VOCAB**2, 1)), jnp.tile(mask, (VOCAB**2, 1))
     log_probs = jax.nn.log_softmax(scores(*asked, given))
-    expected = np.exp(np.take_along_axis(log_probs, given.tokens[..., None], 2).sum((1, 2)))
-    expected = expected.reshape(VOCAB, VOCAB)
+    chosen = jnp.take_along_axis(log_probs, given.tokens[..., None], 2)
+    expected = np.array(jnp.exp(chosen.sum((1, 2)))).reshape(VOCAB, VOCAB)
     expected[EOS] = [expected[EOS].sum(), *[0] * (VOCAB - 1)]  # nothing follows the end but padding
     seen = np.bincount(pairs, minlength=VOCAB**2) / rows
     np.testing.assert_allclose(seen, expected.ravel(), atol=4 * 0.5 / rows**0.5)

@@ -60,7 +60,7 @@ def test_a_whole_run(run):
         "TFRT_CPU_0",
     ):
         assert part in shown
-    assert page.tags.count("svg") == 6 + 7
+    assert page.tags.count("svg") == 6 + 8
     assert page.tags.count("article") == 30
     assert page.tags.count("tr") == 1 + 4 + 1 + 4
 

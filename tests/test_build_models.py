@@ -9,6 +9,7 @@ import pytest
 from toy_run import one_device, toy_config
 
 from minillm_jax.build import Builder
+from minillm_jax.geometry import geometry
 from minillm_jax.models import hf, weights
 
 
@@ -60,13 +61,17 @@ def test_given_answers_may_be_longer_than_sampled_ones(tmp_path, monkeypatch):
     answer, file = "red cat " * 6, tmp_path / "train.jsonl"
     lines = [json.loads(line) | {"output": answer} for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = Builder(config).data
+    builder = Builder(config)
+    assert "answer_slots" not in geometry(builder, ())  # the teacher writes them all
+    data = builder.data
     gold, asked = data.gold("train"), data.prompts("train")
     assert {len(e.response) for e in gold} == {min(10, 16 - len(e.prompt)) for e in gold}
     assert data.batches(gold, 2)[0].response.shape == (2, 10)
     assert data.batches(asked, 2)[0].response.shape == (2, 4)
     cut = [dataclasses.replace(e, response=e.response[:4]) for e in gold]
     assert data.ordered(cut)[0][0].response.shape == (8, 4)
+    config.answers.source = "data"
+    assert geometry(Builder(config), ())["answer_slots"] == 10
 
 
 def test_the_temperature_is_the_teachers_alone(builder):

@@ -34,9 +34,9 @@ def held_out(
     `done` is told after each of `PARTS` parts how many tokens were written or read in it.
 
     Sampled answers (each model as it is, the teacher at `teacher.temperature`; the same key for
-    all) give the reverse KL and the text
-    statistics; Rouge-L is against the answers of the test set (the teacher's own, where it wrote
-    them); the NLL is that of those answers. Of further test sets Rouge-L alone.
+    all) give the reverse KL and the text statistics; Rouge-L is against the answers of the test set
+    (the teacher's own, where it wrote them); the NLL is that of those answers. Of further test sets
+    Rouge-L alone.
     """
     build = run.build
     examples = answered(run, "test")

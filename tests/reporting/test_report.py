@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from minillm_jax.reporting import write_report
+from minillm_jax.reporting import report, write_report
 from minillm_jax.types import InputError
 
 _VOID = {"meta", "img", "br", "link", "input", "use", "path", "hr"}
@@ -145,3 +145,15 @@ def test_colours_agree_between_charts_and_page(run):
     for model in ("teacher", "start", "sft", "minillm"):
         light, dark = re.findall(rf"--{model}: (#[0-9a-f]+);", text)
         assert set(re.findall(rf"var\(--{model}, (#[0-9a-f]+)\)", text)) == {light} != {dark}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [
+        ({"temperature": 0.6}, ["seed 3", "teacher at temperature 0.6"]),
+        ({"temperature": 1.0}, ["seed 3"]),
+        ("x.gguf", ["seed 3"]),
+    ],
+)
+def test_a_temperature_of_the_teacher_is_named(teacher, says):
+    assert report._about({"seed": 3}, {"teacher": teacher}) == says

@@ -49,12 +49,17 @@ class Checkpoints:
 
     `settings` is JSON that must be the same whenever the directory is used: what decides the
     meaning of a state. Opening reads and writes nothing; the directory is made by the first save.
+    Without `background` a save ends before training goes on, so that no copy of the state lies
+    beside the next update.
     """
 
-    def __init__(self, directory: Any, settings: dict[str, Any], *, keep: int = 2):
+    def __init__(
+        self, directory: Any, settings: dict[str, Any], *, keep: int = 2, background: bool = True
+    ):
         self.directory = epath.Path(directory)
         self._settings = json.loads(json.dumps(settings))
         self._keep = keep
+        self._background = background
         self._clean = False
         # Each thread of a failed save logs its traceback; the user gets one line from here.
         absl_logging.get_absl_logger().addFilter(_not_from_orbax)
@@ -118,7 +123,10 @@ class Checkpoints:
             metrics = {"score": float(score)}
         with self._one_line():
             args = ocp_args.Composite(**items)
-            return self._manager.save(step, args=args, metrics=metrics, force=True)
+            saved = self._manager.save(step, args=args, metrics=metrics, force=True)
+        if not self._background:
+            self.wait()
+        return saved
 
     def restore(
         self, state: Any, *, buffer: Any = None, step: int | None = None

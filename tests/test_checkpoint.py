@@ -126,6 +126,12 @@ def test_donating_the_state_after_save_does_not_change_what_is_saved(tmp_path):
     np.testing.assert_array_equal(restored, np.arange(4_000_000, dtype=np.float32))
 
 
+def test_a_save_that_is_not_in_the_background_has_ended(tmp_path):
+    with Checkpoints(tmp_path / "c", SETTINGS, background=False) as checkpoints:
+        checkpoints.save(1, _state(1))
+        assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+
+
 def test_keeps_the_last_and_the_best(tmp_path):
     scores = {1: 0.9, 2: 0.3, 3: 0.5, 4: float("nan"), 5: None, 6: 0.4}
     with Checkpoints(tmp_path, SETTINGS, keep=2) as checkpoints:

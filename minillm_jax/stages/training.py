@@ -70,7 +70,9 @@ def train(
         # Logging may change between two starts; whatever decides a state may not.
         config = {name: v for name, v in build.config.to_dict().items() if name != "tensorboard"}
         settings = {"stage": stage, "config": config}
-        with Checkpoints(folder / "checkpoints", settings, keep=1) as checkpoints:
+        # A CPU has one memory: a copy for the writer would be a second state in it.
+        writing = {"keep": 1, "background": jax.default_backend() != "cpu"}
+        with Checkpoints(folder / "checkpoints", settings, **writing) as checkpoints:
             buffer = _abstract_rollout(build, method, abstract, frozen, batches)
             restored = checkpoints.restore(abstract, buffer=buffer)
             rollout, tokens = None, 0

@@ -5,7 +5,8 @@
 Per seed: `configs/quickstart.py` as a user runs it, and two controls made of the SFT student that
 MiniLLM started from. `further_sft` is fine-tuned further on the teacher's answers for as many
 seconds as the MiniLLM stage took, loading, compilation and validation included in both, with its
-own cosine schedule and its own choice by validation loss. `sharpened_sft` has its logits multiplied
+own cosine schedule and its own choice by validation loss; `--further_steps` is for a machine that is
+shared, where seconds mean little: as many updates as that was on one that was not. `sharpened_sft` has its logits multiplied
 by the number that gives the lowest reverse KL on the validation prompts: what a change of
 temperature alone does. What is done already is not done again; the table is of what is there.
 """
@@ -43,15 +44,20 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/seeds", help="one folder per seed in here")
     parser.add_argument("--seeds", default="0,1,2", help="which to run")
     parser.add_argument("--json", default="", help="write the table here, too")
+    parser.add_argument(
+        "--further_steps", type=int, default=0, help="updates of further SFT; 0: by time"
+    )
     asked = parser.parse_args()
     root = Path(asked.workdir)
     for seed in map(int, asked.seeds.split(",")):
         workdir = root / f"seed{seed}"
         command = [sys.executable, "-m", "minillm_jax.main", "--config", "configs/quickstart.py"]
         subprocess.run([*command, f"--config.seed={seed}", f"--workdir={workdir}"], check=True)
-        for name, make in zip(CONTROLS, (further_sft, sharpened_sft), strict=True):
-            if not (workdir / f"{name}.json").exists():
-                write_json(workdir / f"{name}.json", make(seed, workdir))
+        if not (workdir / "further_sft.json").exists():
+            control = further_sft(seed, workdir, asked.further_steps)
+            write_json(workdir / "further_sft.json", control)
+        if not (workdir / "sharpened_sft.json").exists():
+            write_json(workdir / "sharpened_sft.json", sharpened_sft(seed, workdir))
     found = []
     for seed in sorted(root.glob("seed*")):
         if all((seed / f"{name}.json").exists() for name in CONTROLS):
@@ -63,8 +69,8 @@ def main() -> None:
         write_json(asked.json, table)
 
 
-def further_sft(seed: int, workdir: Path) -> dict:
-    """The SFT student after as many more seconds of SFT as MiniLLM took."""
+def further_sft(seed: int, workdir: Path, steps: int) -> dict:
+    """The SFT student after `steps` more updates, or (0) as many more seconds as MiniLLM took."""
     from minillm_jax.stages.evaluation import held_out
     from minillm_jax.stages.training import fine_tune, student
 
@@ -78,7 +84,7 @@ def further_sft(seed: int, workdir: Path) -> dict:
         run = _run(workdir, metrics)
         # A new order of the answers, and a schedule that ends when the time does.
         run.build.data.seed = seed + 1000
-        run.build.config.sft.steps = round((wanted - rest) / each)
+        run.build.config.sft.steps = steps or round((wanted - rest) / each)
         run.build.config.sft.evaluate_every = max(run.build.config.sft.steps // 2, 1)
         run.build.config.sft.save_every = 10**9
         began = time.monotonic()

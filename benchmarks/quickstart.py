@@ -5,8 +5,8 @@
 Per seed: `configs/quickstart.py` as a user runs it, and two controls made of the SFT student that
 MiniLLM started from. `further_sft` is fine-tuned further on the teacher's answers for as many
 seconds as the MiniLLM stage took, loading, compilation and validation included in both, with its
-own cosine schedule and its own choice by validation loss; `--further_steps` is for a machine that is
-shared, where seconds mean little: as many updates as that was on one that was not. `sharpened_sft` has its logits multiplied
+own cosine schedule and its own choice by validation loss; where the machine is shared and seconds
+mean little, `--further_steps` is the number of updates. `sharpened_sft` has its logits multiplied
 by the number that gives the lowest reverse KL on the validation prompts: what a change of
 temperature alone does. What is done already is not done again; the table is of what is there.
 """

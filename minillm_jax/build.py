@@ -141,7 +141,9 @@ class Builder:
         return Model(stored.config, params, stored.hf_config)
 
     def _shardings(self, config: DecoderConfig) -> Any:
-        return tree_shardings(abstract_params(config), logical_axes(config), self.mesh)
+        return tree_shardings(
+            abstract_params(config), logical_axes(config), self.mesh, units=config.axis_units
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -278,7 +280,7 @@ class Builder:
     def abstract_state(self, model: DecoderConfig, name: str) -> TrainState:
         """The state of training `model` in a section: shapes, dtypes and shardings, no arrays."""
         optimizer, _ = self.optimizer(name)
-        return abstract_state(abstract_params(model), logical_axes(model), optimizer, self.mesh)
+        return abstract_state(abstract_params(model), self._shardings(model), optimizer, self.mesh)
 
     def _common(self, model: DecoderConfig, name: str) -> dict[str, Any]:
         return {

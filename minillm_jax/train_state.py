@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from minillm_jax.optim import all_finite
-from minillm_jax.sharding import replicated, tree_shardings
+from minillm_jax.sharding import replicated
 from minillm_jax.types import Params
 
 
@@ -62,14 +62,13 @@ class TrainState:
 
 
 def abstract_state(
-    abstract_params: Params, axes: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+    abstract_params: Params, by_param: Any, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Describe the state of `abstract_params` with logical `axes`, a sharding on every leaf.
+    """Describe the state of `abstract_params`, laid out `by_param`, a sharding on every leaf.
 
     What the optimizer keeps per parameter is sharded as the parameter is; the rest is replicated.
     """
     whole = replicated(mesh)
-    by_param = tree_shardings(abstract_params, axes, mesh)
     opt_state = jax.eval_shape(optimizer.init, abstract_params)
     opt_state = optax.tree.map_params(
         optimizer, _on, opt_state, by_param, transform_non_params=lambda leaf: _on(leaf, whole)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as Spec
 
 from minillm_jax.optim import adamw, all_finite, matrices, schedule
-from minillm_jax.sharding import make_mesh, place
+from minillm_jax.sharding import make_mesh, place, tree_shardings
 from minillm_jax.train_state import TrainState, abstract_state, init_state, state_shardings
 from minillm_jax.types import InputError, Params
 
@@ -25,7 +25,8 @@ def _params():
 def _state(optimizer, *mesh):
     mesh = make_mesh(*mesh)
     params = _params()
-    abstract = abstract_state(jax.eval_shape(lambda: params), AXES, optimizer, mesh)
+    shapes = jax.eval_shape(lambda: params)
+    abstract = abstract_state(shapes, tree_shardings(shapes, AXES, mesh), optimizer, mesh)
     placed = place(params, state_shardings(abstract).params)
     return init_state(placed, optimizer, abstract), abstract
 
@@ -156,7 +157,8 @@ def test_updates_are_the_same_on_one_and_eight_devices():
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = make_mesh(-1, 1 if len(devices) == 1 else 4, devices=devices)
         params = _params()
-        abstract = abstract_state(jax.eval_shape(lambda p=params: p), AXES, optimizer, mesh)
+        shapes = jax.eval_shape(lambda p=params: p)
+        abstract = abstract_state(shapes, tree_shardings(shapes, AXES, mesh), optimizer, mesh)
         state = init_state(place(params, state_shardings(abstract).params), optimizer, abstract)
         for _ in range(3):
             state, _ = _step(optimizer, abstract)(state, jnp.float32(0.5), jnp.float32(0.0))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
+from minillm_jax.axes import partition_spec
 from minillm_jax.sharding import (
     batch_sharding,
     make_mesh,
-    partition_spec,
     place,
     replicated,
     tree_shardings,
@@ -83,12 +83,25 @@ def test_tree_shardings_lay_out_the_array():
 def test_uneven_axis_is_refused_but_for_the_vocabulary():
     mesh = make_mesh(1, 4, 2)
     abstract, axes = _described((3, 6, 6), "layers", "embed", "mlp")
-    with pytest.raises(InputError, match=r"'embed' of \['x'\] has 6 .*mesh.fsdp a divisor of 6"):
+    with pytest.raises(InputError, match=r"'embed' of \['x'\] has 6 .*mesh.fsdp=3, or"):
         tree_shardings(abstract, axes, mesh)
     abstract, axes = _described((5, 8), "vocab", "embed")
     assert tree_shardings(abstract, axes, mesh)["x"].spec == Spec(None, "fsdp")
     abstract, axes = _described((6, 8), "vocab", "embed")
     assert tree_shardings(abstract, axes, mesh)["x"].spec == Spec("tensor", "fsdp")
+
+
+def test_heads_stay_whole_and_grouped_ones_are_copied_where_they_are_too_few():
+    mesh = make_mesh(1, 2, 4)
+    units = {"heads": 6, "kv_heads": 6}
+    abstract, axes = _described((8, 24), "embed", "heads")
+    sharding = tree_shardings(abstract, axes, mesh, units=units)["x"]
+    assert sharding.spec == Spec("fsdp", "tensor")
+    abstract, axes = _described((8, 12), "embed", "heads")  # two heads, twelve features
+    with pytest.raises(InputError, match=r"'heads' of \['x'\] has 2 .*mesh.tensor=2, or"):
+        tree_shardings(abstract, axes, mesh, units=units)
+    abstract, axes = _described((8, 12), "embed", "kv_heads")
+    assert tree_shardings(abstract, axes, mesh, units=units)["x"].spec == Spec("fsdp", None)
 
 
 def test_array_without_its_axes_is_refused():

@@ -15,7 +15,7 @@ from minillm_jax.models import abstract_params, logical_axes
 from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.optim import adamw
 from minillm_jax.rollout import Mixing
-from minillm_jax.sharding import batch_sharding, make_mesh
+from minillm_jax.sharding import batch_sharding, make_mesh, tree_shardings
 from minillm_jax.train_state import TrainState, abstract_state, init_state, state_shardings
 from minillm_jax.trainer import MAX_SKIPPED, Hooks, Schedule, TrainingStopped, fit
 from minillm_jax.types import Sequences
@@ -157,7 +157,10 @@ STUDENT, Q = toy(0, vocab=VOCAB + 2)
 TEACHER, P = toy(1, vocab=VOCAB + 1, layers=1, width=24)
 MESH = make_mesh(1, devices=jax.devices()[:1])
 OPTIMIZER = adamw(0.01)
-ABSTRACT = abstract_state(abstract_params(STUDENT), logical_axes(STUDENT), OPTIMIZER, MESH)
+SHAPES = abstract_params(STUDENT)
+ABSTRACT = abstract_state(
+    SHAPES, tree_shardings(SHAPES, logical_axes(STUDENT), MESH), OPTIMIZER, MESH
+)
 RUN = Schedule(steps=6, batch_size=4, evaluate_every=6, save_every=3, rollouts=8, inner_epochs=2)
 METHOD: Any = minillm.method(
     STUDENT,

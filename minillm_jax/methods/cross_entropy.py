@@ -42,11 +42,11 @@ def sums(
         size: ids of the true vocabulary.
         teacher, teacher_params, teacher_hidden: needed with `kd_ratio` > 0, unused without.
     """
-    q, p = head(student, params), None
+    q, p = head(student, params, hidden.dtype), None
     if kd_ratio > 0:
         if teacher is None or teacher_hidden is None:
             raise ValueError(f"kd_ratio={kd_ratio} needs a teacher and its hidden states")
-        p = head(teacher, teacher_params)
+        p = head(teacher, teacher_params, teacher_hidden.dtype)
     with jax.named_scope("vocabulary"):
         summed, scores = vocab.loss_sum(
             partial(_per_token, kd_ratio),

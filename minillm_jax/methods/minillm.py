@@ -58,7 +58,8 @@ def method(
         rollout, targets, text = batch
         mask = rollout.response_mask
         hidden = response_states(student, params, rollout, dtype=dtype, remat=remat)
-        q_head, p_head = head(student, params), head(teacher, frozen)
+        q_head = head(student, params, hidden.dtype)
+        p_head = head(teacher, frozen, rollout.teacher_hidden.dtype)
         with jax.named_scope("vocabulary"):
             summed, score = vocab.loss_sum(
                 loss,

@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from minillm_jax.axes import constrain
 from minillm_jax.models.attention import positions_of
 from minillm_jax.models.config import DecoderConfig
-from minillm_jax.models.decoder import Decoder
+from minillm_jax.models.decoder import Decoder, logical_axes
 from minillm_jax.models.layers import Block, Slots
 from minillm_jax.types import Params
+
+# What is cast to the dtype of the arithmetic wherever it is used; norms and biases are not.
+_CAST = ("kernel", "tokens", "positions", "weight")
 
 
 @flax.struct.dataclass
@@ -50,18 +54,41 @@ def init_cache(
 ) -> Cache:
     """Return an empty cache of `slots` slots for `batch` rows."""
     shape = (batch, config.kv_heads, slots, config.head_dim)
+    axes = ("batch", "kv_heads", None, None)
     keys, values = (
-        tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in ("keys", "values")
+        tuple(constrain(jnp.zeros(shape, dtype), *axes) for _ in range(config.layers))
+        for _ in ("keys", "values")
     )
     valid, length = jnp.zeros((batch, slots), bool), jnp.zeros((batch,), jnp.int32)
+    valid, length = constrain(valid, "batch", None), constrain(length, "batch")
     return Cache(keys, values, valid, length, jnp.zeros((), jnp.int32))
 
 
-def unstack(config: DecoderConfig, params: Params) -> DecodeParams:
-    """Return `params` with the layers sliced apart; once, outside the loop, for it copies them."""
+def unstack(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) -> DecodeParams:
+    """Return `params` with the layers sliced apart; once, outside the loop, for it copies them.
+
+    Matrices are cast to `dtype`, that of the arithmetic, and gathered along the embedding, over
+    which training has them split: a token's step would else cast and gather them all again.
+    """
+
+    def ready(path, x, names):
+        if dtype is not None and path[-1].key in _CAST:
+            x = x.astype(dtype)
+        names = (None if name == "embed" else name for name in names)
+        return constrain(x, *names, units=config.axis_units)
+
+    axes = dict(logical_axes(config))
+    inner = jax.tree.map(lambda names: names[1:], axes.pop("layers"), is_leaf=_is_names)
     outer = {name: value for name, value in params.items() if name != "layers"}
+    outer = jax.tree.map_with_path(ready, outer, axes)
     layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.layers))
-    return DecodeParams(outer, tuple(layers))
+    return DecodeParams(
+        outer, tuple(jax.tree.map_with_path(ready, layer, inner) for layer in layers)
+    )
+
+
+def _is_names(node: Any) -> bool:
+    return isinstance(node, tuple)
 
 
 def extend(

@@ -85,6 +85,11 @@ class DecoderConfig:
             object.__setattr__(self, "windows", windows)
         self._check()
 
+    @property
+    def axis_units(self) -> dict[str, int]:
+        """Entries of a logical axis that stay on one device: the features of a head."""
+        return {"heads": self.head_dim, "kv_heads": self.head_dim}
+
     def _check(self):
         sizes = ("vocab_size", "layers", "width", "heads", "mlp_width", "max_positions")
         for name in (*sizes, "kv_heads", "head_dim", "embed_width", "rope_dim"):

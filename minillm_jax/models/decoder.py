@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from minillm_jax.axes import constrain
 from minillm_jax.models.attention import causal_mask, positions_of, rotary_angles
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.layers import Block, Embed, HeadParams, Linear, Norm
@@ -140,10 +141,15 @@ def hidden_states(
     return hidden
 
 
-def head(config: DecoderConfig, params: Params) -> Head:
-    """Return the output head, which shares the token embedding when `tied_head`."""
+def head(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) -> Head:
+    """Return the output head, which shares the token embedding when `tied_head`.
+
+    The weight is cast to `dtype`, by default its own, and gathered along the features, so that the
+    logits of a device are those of its rows and its part of the vocabulary.
+    """
     own = params.get("head", {})
     weight = params["embed"]["tokens"] if config.tied_head else own["weight"]
+    weight = constrain(weight if dtype is None else weight.astype(dtype), "vocab", None)
     bias = own.get("bias")
     return Head(weight, bias if bias is None else bias * config.logit_scale)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from minillm_jax.axes import constrain
 from minillm_jax.models.attention import attend, rotate
 from minillm_jax.models.config import DecoderConfig
 
@@ -24,6 +25,10 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+# Rows over the devices, features whole: the compiler may not follow a kernel's split instead.
+STATES = ("batch", "length", None)
 
 
 @flax.struct.dataclass
@@ -180,13 +185,13 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             y, slots = attn(attn_norm(x) if c.norm_first else x, angles, mask, slots)
         if c.parallel_residual:
-            return x + drop(y) + drop(mlp(attn_norm(x))), slots
-        x = x + drop(y)
+            return constrain(x + drop(y) + drop(mlp(attn_norm(x))), *STATES), slots
+        x = constrain(x + drop(y), *STATES)
         mlp_norm = norm(name="mlp_norm")
         if c.norm_first:
-            return x + drop(mlp(mlp_norm(x))), slots
+            return constrain(x + drop(mlp(mlp_norm(x))), *STATES), slots
         x = attn_norm(x)
-        return mlp_norm(x + drop(mlp(x))), slots
+        return constrain(mlp_norm(x + drop(mlp(x))), *STATES), slots
 
 
 class Embed(nn.Module):
@@ -202,7 +207,9 @@ class Embed(nn.Module):
         init = nn.initializers.normal(_INIT_STDDEV)
         axes = ("vocab", "embed" if c.embed_width == c.width else "projection")
         table = _param(self, "tokens", init, axes, (c.vocab_size, c.embed_width))
-        x = table[tokens].astype(dtype)
+        # Gathered along the features, each device looks its own tokens up; and cast after the
+        # look-up, so that the gradient of a frequent token is added up in full precision.
+        x = constrain(table, "vocab", None)[tokens].astype(dtype)
         if c.embed_width != c.width:
             axes = ("projection", "embed")
             x = Linear(c.width, axes, param_dtype=self.param_dtype, name="project_in")(x)
@@ -210,7 +217,7 @@ class Embed(nn.Module):
             shape = (c.max_positions + c.position_offset, c.width)
             rows = _param(self, "positions", init, ("positions", "embed"), shape)
             x = x + rows[positions + c.position_offset].astype(dtype)
-        return x
+        return constrain(x, *STATES)
 
 
 class HeadParams(nn.Module):

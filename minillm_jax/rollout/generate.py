@@ -57,10 +57,10 @@ def generate(
     its weights once for both. `dtype` is that of arithmetic and cache, by default the parameters'.
     """
     rows, width = prompt.shape
-    weights = unstack(config, params)
-    top = head(config, params)
-    uniforms = jax.random.uniform(key, (slots, rows))
     kind: Any = dtype or params["embed"]["tokens"].dtype
+    weights = unstack(config, params, kind)
+    top = head(config, weights.outer)
+    uniforms = jax.random.uniform(key, (slots, rows))
     cache = init_cache(config, rows, width + slots, kind)
     hidden, cache = extend(config, weights, prompt, prompt_mask, cache, dtype=kind)
     hidden = hidden[:, -1]

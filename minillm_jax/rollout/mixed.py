@@ -24,6 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from minillm_jax.axes import constrain
 from minillm_jax.models import DecoderConfig, extend, head, init_cache, logits, unstack
 from minillm_jax.rollout.warp import draw
 from minillm_jax.types import Params, Sequences
@@ -84,9 +85,10 @@ def collect(
     coins = jax.random.bernoulli(coin_key, mixing.alpha, (slots,))
     uniforms = jax.random.uniform(draw_key, (slots, rows))
 
-    q_weights, q_head = unstack(student, params), head(student, params)
-    p_weights, p_head = unstack(teacher, teacher_params), head(teacher, teacher_params)
     dtype, teacher_dtype = mixing.dtype, teacher_params["embed"]["tokens"].dtype
+    q_weights = unstack(student, params, dtype)
+    p_weights = unstack(teacher, teacher_params, teacher_dtype)
+    q_head, p_head = head(student, q_weights.outer), head(teacher, p_weights.outer)
     read_q = partial(extend, student, q_weights, dtype=dtype)
     read_p = partial(extend, teacher, p_weights, dtype=teacher_dtype)
     q_cache = init_cache(student, rows, width + slots, dtype)
@@ -160,7 +162,7 @@ def collect(
     tokens, states = tokens[:, :slots], states[:, :slots]
     log_p = jnp.where(mask, _label_log_probs(p_head, states, tokens, t, vocab), 0.0)
     log_mix = jnp.where(mask, _log_mixture(log_q, log_p, mixing.alpha), 0.0)
-    return Rollout(
+    rollout = Rollout(
         prompt=prompt,
         prompt_mask=prompt_mask,
         response=jnp.where(mask, tokens, mixing.pad_id),
@@ -170,6 +172,7 @@ def collect(
         log_mix=log_mix,
         teacher_hidden=jnp.where(mask[..., None], states, 0),
     )
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rollout)
 
 
 def _log_mixture(log_q: jax.Array, log_p: jax.Array, alpha: float) -> jax.Array:

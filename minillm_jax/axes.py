@@ -1,0 +1,118 @@
+"""The logical axis names of arrays, and the one table from them to the axes of the mesh.
+
+Models name the axes of their arrays beside each kernel, and of activations where the compiler must
+not choose (`constrain`); they know no mesh. An axis that is missing here is refused, and so are two
+axes of one array on the same mesh axis: nothing becomes replicated because a name was forgotten.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from minillm_jax.types import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Batches are split over `data` and `fsdp`; parameters over `fsdp` along the embedding (gathered
+# layer by layer inside the scan) and over `tensor` along heads, MLP and vocabulary.
+AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("head_dim", None),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("positions", None),
+    ("projection", None),
+    ("norm", None),
+)
+
+# GPT-2's 50,257 rows divide by nothing useful, and grouped heads may be fewer than the devices of
+# an axis: such an axis stays whole where it does not divide.
+WHOLE_IF_UNEVEN = ("vocab", "kv_heads")
+
+
+def partition_spec(axes: Sequence[str | None], rules: Any = AXIS_RULES) -> PartitionSpec:
+    """Translate the logical `axes` of one array; None stands for a dimension without a name.
+
+    `ValueError` for an axis that `rules` does not list and for a mesh axis used twice.
+    """
+    table = dict(rules)
+    entries = []
+    owner: dict[str, str] = {}
+    for axis in axes:
+        if axis is not None and axis not in table:
+            raise ValueError(f"logical axis {axis!r} of {tuple(axes)} is not in AXIS_RULES: add it")
+        entry = None if axis is None else table[axis]
+        for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
+            if mesh_axis in owner:
+                raise ValueError(
+                    f"axes {owner[mesh_axis]!r} and {axis!r} of {tuple(axes)} both go to mesh axis"
+                    f" {mesh_axis!r}: change AXIS_RULES"
+                )
+            owner[mesh_axis] = axis  # type: ignore
+        entries.append(entry)
+    return PartitionSpec(*entries)
+
+
+def fitting_spec(
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Any,
+    *,
+    where: str = "array",
+    rules: Any = AXIS_RULES,
+    units: Mapping[str, int] | None = None,
+) -> PartitionSpec:
+    """Return the spec of an array of this `shape` on `mesh`.
+
+    Args:
+        units: entries of an axis that stay together, such as `head_dim` of "heads" where all heads
+            lie in one dimension; 1 by default.
+
+    Raises:
+        InputError: a dimension is no multiple of the mesh axes that it is split over, and not one
+            of `WHOLE_IF_UNEVEN`.
+    """
+    entries = list(partition_spec(axes, rules))
+    for i, (name, size, entry) in enumerate(zip(axes, shape, entries, strict=True)):
+        count, ways = size // (units or {}).get(name or "", 1), ways_of(mesh, entry)
+        if count % ways == 0:
+            continue
+        if name not in WHOLE_IF_UNEVEN:
+            near = max(n for n in range(1, ways + 1) if count % n == 0)
+            raise InputError(
+                f"axis {name!r} of {where} has {count} entries, not a multiple of mesh"
+                f" {entry}={ways}: set --config.mesh.{entry}={near}, or another divisor of {count}"
+            )
+        entries[i] = None
+    return PartitionSpec(*entries)
+
+
+def constrain(x: Any, *axes: str | None, units: Mapping[str, int] | None = None) -> Any:
+    """Lay `x` out by the logical `axes` of its dimensions, on the mesh in use; without one, as is.
+
+    A dimension that does not divide stays whole: rows of a batch that is smaller than the devices.
+    `units` as for `fitting_spec`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    sizes = units or {}
+    entries = [
+        entry if size // sizes.get(name or "", 1) % ways_of(mesh, entry) == 0 else None
+        for name, size, entry in zip(axes, x.shape, partition_spec(axes), strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def ways_of(mesh: Any, entry: Any) -> int:
+    """Parts into which an entry of a `PartitionSpec` divides a dimension."""
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names)

@@ -36,14 +36,17 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{argv[1]!r} is no flag: write --flag=value")
     if CONFIG.value is None:
         raise InputError("no experiment given: add --config configs/quickstart.py")
-    from minillm_jax import pipeline  # imports jax, which --help does not need
+    from minillm_jax import hosts, pipeline
 
+    hosts.connect()
     config = CONFIG.value
     if not (WORKDIR.value or config.name):
         raise InputError("config.name is empty: set it, or give --workdir")
     workdir = Path(WORKDIR.value or os.path.join("runs", config.name))
     if DRY_RUN.value:
-        print(json.dumps(pipeline.describe(config, workdir, STAGES.value), indent=2))
+        described = pipeline.describe(config, workdir, STAGES.value)
+        if hosts.is_main():
+            print(json.dumps(described, indent=2))
     else:
         pipeline.execute(config, workdir, STAGES.value)
 

@@ -9,18 +9,27 @@ import errno
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
 
+from minillm_jax import hosts
 from minillm_jax.types import InputError
 
 
 def run(main: Callable[[list[str]], None], known: flags.FlagValues) -> NoReturn:
     """Run `main` with the command line of this process, and exit."""
-    raise SystemExit(call(main, known, sys.argv))
+    try:
+        code = call(main, known, sys.argv)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        hosts.leave(code)
+    raise SystemExit(code)
 
 
 def call(main: Callable[[list[str]], None], known: flags.FlagValues, argv: Sequence[str]) -> int:

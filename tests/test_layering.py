@@ -19,7 +19,7 @@ LAYERS = (
     {"methods", "evaluation"},
     {
         "pipeline", "stages", "build", "dataset", "recipe", "scratch", "check", "geometry",
-        "trainer", "checkpoint", "modelfiles",
+        "trainer", "checkpoint", "modelfiles", "hosts",
     },
     {"main", "plan", "generate", "export", "program"},
 )  # fmt: skip

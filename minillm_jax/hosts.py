@@ -1,0 +1,128 @@
+"""One run as several processes, on one host or many: how they find each other and agree.
+
+    JAX_COORDINATOR_ADDRESS   HOST:PORT of process 0, at which it listens, the same everywhere
+    JAX_NUM_PROCESSES         how many processes there are
+    JAX_PROCESS_ID            which of them this is, from 0
+    MINILLM_DISTRIBUTED=auto  in place of the three: jax asks Slurm, Open MPI, GKE or the TPU host
+    MINILLM_HOST_TIMEOUT      seconds to wait for the others, 300 by default
+
+Without any of these there is one process, and every function here does nothing. `launch/` sets the
+environment; what the processes share out among them is not decided here.
+"""
+
+import os
+import re
+import socket
+import sys
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state  # the address that a cluster gave is only there
+from jax.experimental import multihost_utils
+
+from minillm_jax.types import InputError
+
+_THREE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def connect() -> None:
+    """Join the other processes that the environment tells of, before anything touches a device.
+
+    A process that waits for the others beyond the time-out ends here, with one line on standard
+    error and exit code 2.
+
+    Raises:
+        InputError: a variable is wrong, no cluster is found, or process 0 cannot listen.
+    """
+    place = _place()
+    if place is None:
+        return
+    seconds = _number("MINILLM_HOST_TIMEOUT", 1, default="300")
+    # jax would catch SIGTERM and leave it to the program to end: then no launcher could end it.
+    jax.config.update("jax_enable_preemption_service", False)
+    # When its own time is up jax aborts the process with a stack trace; so ours is up first.
+    watch = threading.Timer(seconds, _give_up, [seconds])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(**place, initialization_timeout=seconds + 60)
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        address = global_state.coordinator_address
+        where = f"process 0 listens at {address}" if address else "no cluster was detected"
+        raise InputError(f"{where}: {error}; set {', '.join(_THREE)} to what is free") from error
+    finally:
+        watch.cancel()
+
+
+def _place() -> dict[str, Any] | None:
+    """Arguments for jax; none where it is to detect them, None where there is one process."""
+    given = {name: os.environ[name] for name in _THREE if os.environ.get(name)}
+    detect = os.environ.get("MINILLM_DISTRIBUTED", "")
+    if detect not in ("", "auto"):
+        raise InputError(f"MINILLM_DISTRIBUTED={detect}: set it to auto, or leave it out")
+    if not given:
+        return {} if detect else None
+    if missing := [name for name in _THREE if name not in given]:
+        raise InputError(f"{' and '.join(given)} without {' and '.join(missing)}: set all three")
+    address = given[_THREE[0]]
+    if not re.fullmatch(r".+:\d{1,5}", address):
+        raise InputError(f"{_THREE[0]}={address}: give HOST:PORT of process 0")
+    count = _number(_THREE[1], 1)
+    index = _number(_THREE[2], 0, count - 1)
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _number(name: str, low: int, high: int = 10**6, default: str = "") -> int:
+    text = os.environ.get(name) or default
+    if not (text.isdecimal() and low <= int(text) <= high):
+        raise InputError(f"{name}={text}: give a whole number from {low} to {high}")
+    return int(text)
+
+
+def _give_up(seconds: int) -> None:
+    """Say which process waited for whom, and end this process, whose main thread is in jax."""
+    address, rank = str(global_state.coordinator_address), global_state.process_id
+    who = "one of the others did not come up, the one that does not print such a line"
+    if rank:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError:
+            who = "process 0, which is to listen there, did not come up or is out of reach"
+    waited = f"process {rank} of {global_state.num_processes} waited {seconds} s at {address}"
+    cure = "look at its log, or set a longer MINILLM_HOST_TIMEOUT"
+    print(f"error: {waited}: {who}; {cure}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def leave(code: int) -> None:
+    """End this process with `code` if there are others; at a usual exit it would wait for them."""
+    if jax.distributed.is_initialized() and global_state.num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which prints and writes what is not sharded."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is at the barrier of this name."""
+    multihost_utils.sync_global_devices(name)
+
+
+def agree(ok: bool) -> bool:
+    """Whether `ok` is true on every process; every one must ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+
+def broadcast_text(text: str) -> str:
+    """The `text` of process 0, on every process."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    data = data if is_main() else np.zeros(size, np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(data)).decode()

@@ -28,6 +28,7 @@ def base() -> ml_collections.ConfigDict:
     config.teacher.fine_tuned = ""  # a teacher that is fine-tuned already: no stage teacher_sft
     config.teacher.temperature = 1.0  # p is its softmax at this temperature, wherever p occurs
     config.teacher.dtype = "float32"  # of its parameters and arithmetic as a teacher
+    config.teacher.fsdp = True  # split over mesh.fsdp as well as mesh.tensor; False: copied there
 
     config.student = ml_collections.ConfigDict()
     config.student.path = ""  # empty: made of the teacher's own layers

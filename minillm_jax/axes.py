@@ -33,6 +33,9 @@ AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("norm", None),
 )
 
+# The same for a model that is not trained and fits without: no kernel is gathered while it reads.
+TENSOR_RULES = tuple((name, None if to == "fsdp" else to) for name, to in AXIS_RULES)
+
 # GPT-2's 50,257 rows divide by nothing useful, and grouped heads may be fewer than the devices of
 # an axis: such an axis stays whole where it does not divide.
 WHOLE_IF_UNEVEN = ("vocab", "kv_heads")

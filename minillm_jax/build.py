@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import optax
 
-from minillm_jax import recipe, scratch
+from minillm_jax import hosts, recipe, scratch
+from minillm_jax.axes import AXIS_RULES, TENSOR_RULES
 from minillm_jax.check import check, check_slots
 from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from minillm_jax.dataset import SPLITS, Data
@@ -65,8 +66,6 @@ class Builder:
         """Devices over which the rows of a batch are split."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    # Models and vocabulary.
-
     def follow(self, teacher: Path) -> None:
         """Take the model in this folder for the teacher from now on: a stage has fine-tuned it."""
         made_of_it = ("student_checkpoint",) if self.outline.student_of_teacher else ()
@@ -78,9 +77,11 @@ class Builder:
         """Where the teacher or the student is, a fine-tuned one first."""
         c = self.config[who]
         spec = c.fine_tuned or c.path
-        if spec.startswith(scratch.PREFIX):
-            return scratch.model(spec, self.workdir / "scratch")
-        return resolve(spec, c.sha256) if who == "teacher" and not c.fine_tuned else resolve(spec)
+        checked = {"sha256": c.sha256} if who == "teacher" and not c.fine_tuned else {}
+        with hosts.main_first(f"{who} is there"):
+            if spec.startswith(scratch.PREFIX):
+                return scratch.model(spec, self.workdir / "scratch")
+            return resolve(spec, **checked)
 
     @property
     def teacher_checkpoint(self) -> Stored:
@@ -113,7 +114,8 @@ class Builder:
         """The teacher on the devices."""
 
         def make():
-            model = self.on_devices(self.teacher_checkpoint, self.config.teacher.dtype)
+            c = self.config.teacher
+            model = self.on_devices(self.teacher_checkpoint, c.dtype, fsdp=c.fsdp)
             return dataclasses.replace(model, config=self.teacher_config)
 
         return self._once("teacher", make)
@@ -135,15 +137,15 @@ class Builder:
         )
         return Model(start.config, params, start.hf_config)
 
-    def on_devices(self, stored: Stored, dtype: str = "float32") -> Model:
-        """Read a model straight to the shardings of its logical axes."""
-        params = stored.read(np.dtype(dtype), self._shardings(stored.config))
+    def on_devices(self, stored: Stored, dtype: str = "float32", fsdp: bool = True) -> Model:
+        """Read a model straight to the shardings of its logical axes, those of `fsdp` or not."""
+        params = stored.read(np.dtype(dtype), self._shardings(stored.config, fsdp))
         return Model(stored.config, params, stored.hf_config)
 
-    def _shardings(self, config: DecoderConfig) -> Any:
-        return tree_shardings(
-            abstract_params(config), logical_axes(config), self.mesh, units=config.axis_units
-        )
+    def _shardings(self, config: DecoderConfig, fsdp: bool = True) -> Any:
+        rules = AXIS_RULES if fsdp else TENSOR_RULES
+        shapes, axes = abstract_params(config), logical_axes(config)
+        return tree_shardings(shapes, axes, self.mesh, rules, config.axis_units)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -201,8 +203,6 @@ class Builder:
     def data(self) -> Data:
         """Rows, prompts, answers and batches."""
         return Data(self.config, lambda: self.tokenizer, self.seed, self.workdir, self.ways)
-
-    # Training.
 
     def section(self, name: str) -> Mapping[str, Any]:
         """The settings of a training stage; the teacher's SFT has what it lacks from `sft`."""

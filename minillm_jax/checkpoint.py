@@ -22,13 +22,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import args as ocp_args
 from orbax.checkpoint import checkpoint_managers as policies
 
+from minillm_jax import hosts
+from minillm_jax.named import arrays_by_name, settings_by_name
 from minillm_jax.types import InputError
 
 FORMAT = 1
@@ -143,12 +144,15 @@ class Checkpoints:
             raise InputError(f"{self.directory} has no checkpoint {step}: choose one of {steps}")
         damaged = {}
         for candidate in [step] if step is not None else reversed(steps):
+            restored, failure = None, None
             try:
                 restored = self._read(candidate, state, buffer)
             except InputError:
                 raise
             except Exception as error:  # Orbax raises plain Exception for truncated files
-                damaged[candidate] = error
+                failure = error
+            if not hosts.agree(failure is None):
+                damaged[candidate] = failure or OSError("another process cannot read it")
                 continue
             for newer, error in damaged.items():
                 self._set_aside(newer, error)
@@ -197,13 +201,15 @@ class Checkpoints:
     def _read(self, step: int, state: Any, buffer: Any) -> Restored:
         run = self._manager.restore(step, args=ocp_args.Composite(run=ocp_args.JsonRestore()))
         self._check_same(step, {"format": run["run"]["format"]}, {"format": FORMAT})
-        self._check_same(step, _settings(run["run"]["settings"]), _settings(self._settings))
+        self._check_same(
+            step, settings_by_name(run["run"]["settings"]), settings_by_name(self._settings)
+        )
         wanted = {"state": state}
         if buffer is not None and (self.directory / str(step) / "buffer").exists():
             wanted["buffer"] = buffer
         saved = self._manager.item_metadata(step)
         for name, tree in wanted.items():
-            self._check_same(step, _arrays(saved[name].tree), _arrays(tree))
+            self._check_same(step, arrays_by_name(saved[name].tree), arrays_by_name(tree))
         items = {name: ocp_args.StandardRestore(tree) for name, tree in wanted.items()}
         found = self._manager.restore(step, args=ocp_args.Composite(**items))
         return Restored(step, found["state"], run["run"]["extra"], found.get("buffer"))
@@ -236,12 +242,13 @@ class Checkpoints:
             self.directory / str(step),
             _first_line(error),
         )
-        if jax.process_index() == 0:
+        if hosts.is_main():
             (self.directory / str(step)).rename(self.directory / f"unreadable-{step}")
+        hosts.barrier("set aside")
         self._manager.reload()
 
     def _remove_partial(self) -> None:
-        if jax.process_index() != 0 or not self.directory.exists():
+        if not hosts.is_main() or not self.directory.exists():
             return
         for path in self.directory.iterdir():
             if _PARTIAL in path.name:
@@ -291,26 +298,6 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 def _first_line(error: Exception) -> str:
     text = str(error).strip().split("\n", 1)[0][:200]
     return text or type(error).__name__
-
-
-def _named(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
-    return {jax.tree_util.keystr(at, simple=True, separator="."): leaf for at, leaf in leaves}
-
-
-def _settings(tree: dict[str, Any]) -> dict[str, Any]:
-    return _named(tree, lambda node: not isinstance(node, dict))
-
-
-def _arrays(tree: Any) -> dict[str, str]:
-    """Describe every array by name: Orbax forgets classes but keeps names, and keys as words."""
-
-    def describe(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        return f"{leaf.dtype}{list(leaf.shape)}"
-
-    return {name: describe(leaf) for name, leaf in _named(tree).items()}
 
 
 def _local_bytes(leaf: Any) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm_jax import scratch
+from minillm_jax import hosts, scratch
 from minillm_jax.data import corpus as corpus_lib
 from minillm_jax.data import examples as examples_lib
 from minillm_jax.data import hub, loader, sources, splits
@@ -164,22 +164,24 @@ class Data:
         def make():
             made = f"{scratch.PREFIX}text"
             folder = self.workdir / "scratch"
-            files = [scratch.text(folder) if file == made else file for file in c.files]
+            with hosts.main_first("text"):
+                files = [scratch.text(folder) if file == made else file for file in c.files]
             length = d.max_prompt + d.max_response
             wanted = self.config.distill.steps * self.config.distill.batch_size
             most = min(wanted, corpus_lib.MOST_BLOCKS)
             models = [self.config[who].path for who in ("teacher", "student")]
             which = json.dumps([list(map(str, files)), length, most, models])
             digest = hashlib.sha256(which.encode()).hexdigest()[:12]
-            return corpus_lib.batches(
-                files,
-                self.tokenizer,
-                batch_size=self.config.distill.batch_size,
-                length=length,
-                seed=self.seed,
-                most_blocks=most,
-                kept=self.workdir / f"corpus-{digest}.npy",
-            )
+            with hosts.main_first("corpus"):
+                return corpus_lib.batches(
+                    files,
+                    self.tokenizer,
+                    batch_size=self.config.distill.batch_size,
+                    length=length,
+                    seed=self.seed,
+                    most_blocks=most,
+                    kept=self.workdir / f"corpus-{digest}.npy",
+                )
 
         return self._once("corpus", make)
 

@@ -10,12 +10,15 @@ Without any of these there is one process, and every function here does nothing.
 environment; what the processes share out among them is not decided here.
 """
 
+import contextlib
+import functools
 import os
 import re
 import socket
 import sys
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -110,14 +113,48 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def log() -> TextIO:
+    """Where a run says how it is: standard error of process 0, nowhere for the others."""
+    return sys.stderr if is_main() else _nowhere()
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w")
+
+
 def barrier(name: str) -> None:
     """Wait until every process is at the barrier of this name."""
     multihost_utils.sync_global_devices(name)
 
 
+@contextlib.contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """Let process 0 do what follows before the others, so that they find what it has made."""
+    if not is_main():
+        barrier(name)
+    try:
+        yield
+    finally:  # after an error as well: the others see for themselves
+        if is_main():
+            barrier(name)
+
+
 def agree(ok: bool) -> bool:
     """Whether `ok` is true on every process; every one must ask."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+
+def reaches(x: Any) -> bool:
+    """Whether this process has all of an array by itself."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+def fetch(x: Any) -> np.ndarray:
+    """The whole of a global array on every host; every process must ask for it."""
+    if reaches(x):
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def broadcast_text(text: str) -> str:

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{argv[1]!r} is no flag: write --flag=value")
     if CONFIG.value is None:
         raise InputError("no experiment given: add --config configs/quickstart.py")
-    from minillm_jax import hosts, pipeline
+    from minillm_jax import hosts, pipeline  # import jax, which --help does not need
 
     hosts.connect()
     config = CONFIG.value

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from minillm_jax import hosts
 from minillm_jax.data.tokenizer import Tokenizer
 from minillm_jax.models import DecoderConfig, hf
 from minillm_jax.models.fetch import is_remote, resolve
@@ -31,10 +32,14 @@ class Model:
 def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """Replace `folder` by the model; a run killed here leaves the old one or the new one.
 
+    Of several processes, all of which must call this, the first writes.
+
     Raises:
         InputError: it cannot be written; the old one stays.
     """
     part, old = _part(folder), _old(folder)
+    if not hosts.is_main():
+        return hf.save(part, model.config, model.params, model.hf_config)
     recover(folder)
     try:
         hf.save(part, model.config, model.params, model.hf_config)

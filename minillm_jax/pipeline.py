@@ -11,7 +11,6 @@ import datetime
 import json
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -20,6 +19,7 @@ from typing import Any
 
 import jax
 
+from minillm_jax import hosts
 from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
 from minillm_jax.modelfiles import recover
@@ -27,13 +27,10 @@ from minillm_jax.models import abstract_params
 from minillm_jax.reporting.progress import print_table
 from minillm_jax.reporting.report import write_report
 from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
-from minillm_jax.stages import Outcome, Run
+from minillm_jax.stages import FREE_SETTINGS, Outcome, Run
 from minillm_jax.stages.plan import Plan, Stage, plan
 from minillm_jax.trainer import TrainingStopped
 from minillm_jax.types import InputError
-
-# May differ between two starts in one work directory: they change no result.
-FREE_SETTINGS = ("tensorboard",)
 
 
 def report(run: Run) -> Outcome:
@@ -49,8 +46,10 @@ def report(run: Run) -> Outcome:
         "models": read_json(figures) if figures.exists() else {},
     }
     write_json(run.workdir / "summary.json", summary)
-    write_report(run.workdir)
-    print_table(summary)
+    hosts.barrier("summary")
+    if hosts.is_main():
+        write_report(run.workdir)
+        print_table(summary)
     return {"tokens": 0, "updates": 0}
 
 
@@ -100,19 +99,23 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
         build.follow(tuned)
     if set(to_do) - {"report"}:
         build.preflight(to_do)
-    with MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
+    hosts.barrier("preflight")  # else one may write what another is still looking at
+    with (
+        jax.set_mesh(build.mesh),
+        MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics,
+    ):
         run = Run(build, workdir, metrics)
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())
         for stage in chosen:
             if is_done(workdir, stages, stage) and stage != "report":
-                print(f"{stage}: done, in {run.folder(stage)}", file=sys.stderr)
+                print(f"{stage}: done, in {run.folder(stage)}", file=hosts.log())
                 continue
             run_stage(run, stage)
             if stage == "teacher_sft":
                 build.follow(tuned)
     if "report" in chosen:
-        print(f"report: {workdir / 'report.html'}", file=sys.stderr)
+        print(f"report: {workdir / 'report.html'}", file=hosts.log())
 
 
 def run_stage(run: Run, stage: str) -> None:
@@ -125,12 +128,17 @@ def run_stage(run: Run, stage: str) -> None:
     folder, inputs = run.folder(stage), _inputs(run.workdir, this)
     mark = folder / "started.json"
     if not (mark.exists() and read_json(mark)["inputs"] == inputs):
-        shutil.rmtree(folder, ignore_errors=True)  # of other inputs: no checkpoint to go on from
+        hosts.barrier(f"{stage} is new")
+        if hosts.is_main():  # of other inputs: no checkpoint to go on from
+            shutil.rmtree(folder, ignore_errors=True)
     if this.section:
-        recover(run.model(stage))
+        if hosts.is_main():
+            recover(run.model(stage))
         check_space(run, stage)
     write_json(mark, {"inputs": inputs})
-    (folder / "done.json").unlink(missing_ok=True)
+    if hosts.is_main():
+        (folder / "done.json").unlink(missing_ok=True)
+    hosts.barrier(f"{stage} begins")
     began = time.monotonic()
     try:
         outcome = this.function(run)
@@ -142,7 +150,9 @@ def run_stage(run: Run, stage: str) -> None:
     outcome["seconds"] = round(time.monotonic() - began, 2)
     now = datetime.datetime.now(datetime.UTC).isoformat()
     outcome |= {"inputs": _inputs(run.workdir, this), "finished": now}
+    hosts.barrier(f"{stage} ends")  # and all of it is written
     write_json(folder / "done.json", outcome)
+    hosts.barrier(f"{stage} is done")
 
 
 def check_inputs(workdir: Path, stages: Mapping[str, Stage], to_do: Sequence[str]) -> None:
@@ -212,7 +222,7 @@ def refuse_another(workdir: Path, config: Any) -> None:
     different = [
         name
         for name in sorted(mine.keys() | theirs.keys())
-        if name not in FREE_SETTINGS and mine.get(name) != theirs.get(name)
+        if name.partition(".")[0] not in FREE_SETTINGS and mine.get(name) != theirs.get(name)
     ]
     if different:
         shown = "; ".join(

@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from minillm_jax import hosts
 from minillm_jax.types import InputError
 
 
@@ -28,6 +27,8 @@ def run(main: Callable[[list[str]], None], known: flags.FlagValues) -> NoReturn:
         traceback.print_exc()
         code = 1
     if code:
+        from minillm_jax import hosts  # imports jax, which --help does not need
+
         hosts.leave(code)
     raise SystemExit(code)
 

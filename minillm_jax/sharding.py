@@ -3,6 +3,7 @@
 `axes` has the table from logical axis names to mesh axes. No model and no optimizer here.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,6 +85,16 @@ def place(tree: Any, shardings: Any) -> Any:
     are small and addressed by their global index. `shardings` may be a prefix of `tree`.
     """
     return jax.tree_util.tree_map_with_path(_place, tree, jax.tree.broadcast(shardings, tree))
+
+
+def take_rows(tree: Any, rows: np.ndarray, sharding: NamedSharding) -> Any:
+    """Return the given `rows` of arrays [B, ...] that lie on the devices, split by `sharding`."""
+    return _taker(sharding)(tree, rows)
+
+
+@functools.cache
+def _taker(sharding: NamedSharding) -> Any:
+    return jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree), out_shardings=sharding)
 
 
 def _place(path: Any, array: Array, sharding: NamedSharding) -> jax.Array:

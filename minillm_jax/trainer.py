@@ -89,6 +89,9 @@ def fit(
     rollout: Any = None,
     seconds: float = float("inf"),
     put: Callable[[Any], Any] = lambda batch: batch,
+    take: Callable[[Any, np.ndarray], Any] = lambda tree, rows: jax.tree.map(
+        lambda leaf: leaf[rows], tree
+    ),
 ) -> TrainState:
     """Train from `state.step` to `schedule.steps`, or for `seconds`, and return the last state.
 
@@ -99,6 +102,7 @@ def fit(
         rollout: the collection in use when the checkpoint was made, if there was one.
 
         put: puts the rows of a batch, or of the prompts of a collection, on the devices.
+        take: takes rows of a collection, which is there already.
 
     Raises:
         TrainingStopped: after `MAX_SKIPPED` non-finite updates in a row.
@@ -112,6 +116,7 @@ def fit(
         if method.collect is None:
             batch = batches[step]
             tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+            batch = put(batch)
         else:
             round_, place = schedule.place(step)
             if place == 0:
@@ -121,14 +126,13 @@ def fit(
                 drawn = int(jax.block_until_ready(rollout.response_mask).sum())
                 extra["collect_seconds"] = time.monotonic() - tick
                 extra["collect_tokens_per_second"] = drawn / extra["collect_seconds"]
-            rows = schedule.rows(step, seed)
-            batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], rollout)
+            batch = take(rollout, schedule.rows(step, seed))
             tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
         if corpus is not None:
             text = corpus[step]
             tokens += text.size
-            batch = batch, text
-        state, metrics = method.update(state, frozen, put(batch))
+            batch = batch, put(text)
+        state, metrics = method.update(state, frozen, batch)
         step += 1
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         values |= extra | {"tokens": tokens}

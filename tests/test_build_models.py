@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as Spec
 from toy_run import one_device, toy_config
 
 from minillm_jax.build import Builder
@@ -52,6 +53,21 @@ def test_the_teacher_is_read_once_and_its_student_not_at_all(builder, opened):
     jax.tree.map(lambda leaf: leaf.delete(), student.params)  # as training does, which donates them
     assert_equal_trees(builder.student().params, wanted.params)
     assert_equal_trees(teacher.params, hf.load(builder.config.teacher.path).params)
+
+
+@pytest.mark.parametrize("fsdp", [True, False])
+def test_the_teacher_may_be_split_over_the_tensor_axis_alone(tmp_path, monkeypatch, fsdp):
+    one_device(monkeypatch, 4)
+    config = toy_config(tmp_path)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 2, 2
+    config.teacher.fsdp = fsdp
+    builder = Builder(config)
+    kernels = [
+        model.params["layers"]["mlp"]["up"]["kernel"]
+        for model in (builder.teacher, builder.student())
+    ]
+    specs = [kernel.sharding.spec for kernel in kernels]
+    assert specs == [Spec(None, "fsdp" if fsdp else None, "tensor"), Spec(None, "fsdp", "tensor")]
 
 
 def test_given_answers_may_be_longer_than_sampled_ones(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Written as safetensors without torch; remote code is not run. The files are read
 `torchfiles` and `gguf`, their tensors go through `weights`.
 """
 
+import collections
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from minillm_jax import hosts
 from minillm_jax.models import gguf, shards
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.weights import (
@@ -81,7 +83,8 @@ def save(
 ) -> None:
     """Write `params` as a folder that transformers loads; it appears complete or not at all.
 
-    The parameters may be on devices: the host holds one leaf of them and one file's tensors.
+    The parameters may be on devices: the host holds one leaf of them and one file's tensors. Of
+    several processes, all of which must call this, the first writes.
     `hf_config` is that of the checkpoint the parameters come from. Raises `InputError` when it
     does not describe `config`, when `path` exists with anything in it, and when the disk is full.
     """
@@ -98,11 +101,14 @@ def save(
     hf_config.pop("dtype", None)
     hf_config["torch_dtype"] = str(jax.tree.leaves(params)[0].dtype)  # read by 4.x and 5.x
     hf_config["architectures"] = [family.architecture]
+    tensors = disassemble(config, params, family)
+    if not hosts.is_main():
+        return collections.deque(tensors, 0).clear()  # takes part in gathering them
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            _write(part, disassemble(config, params, family))
+            _write(part, tensors)
             text = json.dumps(hf_config, indent=2, sort_keys=True) + "\n"
             (part / "config.json").write_text(text, encoding="utf-8")
             for file in part.glob("*.safetensors"):

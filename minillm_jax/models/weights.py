@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from minillm_jax import hosts
 from minillm_jax.models import placing
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.decoder import abstract_params
@@ -144,10 +145,12 @@ def disassemble(config: DecoderConfig, params: Params, family: Family) -> Iterat
         raise InputError(f"params/{min(leaves)} is unknown to the config; match it to the config")
     leaves = _leaves(params)
     for weight in _weights(family, leaves):
-        arrays = [np.asarray(leaves[leaf]) for leaf in weight.leaves]
+        # A leaf whole where it is within reach, else a layer of it at a time from all processes.
+        found = [leaves[leaf] for leaf in weight.leaves]
+        arrays = [hosts.fetch(x) if hosts.reaches(x) else x for x in found]
         for name, layer in weight.names(config.layers):
-            parts = [array[... if layer is None else layer] for array in arrays]
-            yield name, weight.join(parts)
+            parts = [array if layer is None else array[layer] for array in arrays]
+            yield name, weight.join([hosts.fetch(part) for part in parts])
 
 
 def keep_layers(checkpoint: Checkpoint, kept: Sequence[int]) -> Checkpoint:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+from minillm_jax import hosts
 from minillm_jax.reporting import formats, results
 from minillm_jax.reporting.metrics import MovingAverage, Rate
 
@@ -68,7 +69,7 @@ class Progress:
     ):
         self._stage, self._total, self._headline = stage, total, headline
         self._step, self._interval, self._clock = start, interval, clock
-        self._stream = stream or sys.stderr
+        self._stream = stream or hosts.log()
         self._average = MovingAverage(window)
         self._steps, self._tokens = Rate(clock=clock), Rate(clock=clock)
         self._printed_at, self._printed_step = -math.inf, -1

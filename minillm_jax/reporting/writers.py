@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minillm_jax import hosts
 from minillm_jax.types import InputError
 
 _PLACE = ("stage", "step", "seconds")
@@ -49,8 +50,12 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
 def write_text(path: str | Path, text: str) -> None:
     """Replace `path` by `text` atomically: a reader sees the old file or the new one.
 
+    Of several processes the first writes, and the others do nothing.
+
     Raises InputError when the disk is full or the folder cannot be written.
     """
+    if not hosts.is_main():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -115,12 +120,13 @@ class MetricsWriter:
     """Appends rows `{"stage", "step", "seconds", <metric>...}` to `workdir/metrics.jsonl`.
 
     Every row is flushed. An existing file is continued; a last line torn by a kill is dropped.
+    Of several processes the first writes.
     With `tensorboard`, the scalars also go to `workdir/tensorboard/<stage>`.
     """
 
     def __init__(self, workdir: str | Path, tensorboard: bool = False):
         self.path = Path(workdir) / "metrics.jsonl"
-        self._summary_writer = _summary_writer() if tensorboard else None
+        self._summary_writer = _summary_writer() if tensorboard and hosts.is_main() else None
         self._boards: dict[str, Any] = {}
         if self.path.exists() and not _is_whole(self.path):
             write_rows(self.path, read_rows(self.path))
@@ -170,7 +176,7 @@ class MetricsWriter:
     def _open(self):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return open(self.path, "ab")
+            return open(self.path if hosts.is_main() else os.devnull, "ab")
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 

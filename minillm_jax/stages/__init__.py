@@ -13,6 +13,10 @@ from minillm_jax.reporting.writers import MetricsWriter
 
 Outcome = dict[str, Any]
 
+# May differ between two starts in one work directory: logging, and the devices, which change no
+# result but for rounding. Whatever else decides a state may not.
+FREE_SETTINGS = ("mesh", "tensorboard")
+
 
 @dataclass(frozen=True)
 class Run:

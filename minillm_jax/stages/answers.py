@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from minillm_jax import hosts
 from minillm_jax.data.examples import Example
 from minillm_jax.dataset import SPLITS
 from minillm_jax.modelfiles import Model
@@ -61,8 +62,8 @@ def _answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequenc
     return Sequences(
         prompt=np.tile(batch.prompt, (times, 1)),
         prompt_mask=np.tile(batch.prompt_mask, (times, 1)),
-        response=np.asarray(answer.tokens),
-        response_mask=np.asarray(answer.mask) & np.tile(counted, times)[:, None],
+        response=hosts.fetch(answer.tokens),
+        response_mask=hosts.fetch(answer.mask) & np.tile(counted, times)[:, None],
     )
 
 

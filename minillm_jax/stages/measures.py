@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from minillm_jax import hosts
 from minillm_jax.data.examples import Example
 from minillm_jax.evaluation import divergence
 from minillm_jax.evaluation.divergence import per_token, stack
@@ -30,7 +31,7 @@ def answer_loss(run: Run, examples: Sequence[Example], model: Model) -> float:
             run.build.vocab,
             run.build.arithmetic(model),
         )
-        total += float(np.asarray(nll)[:real].sum())
+        total += float(hosts.fetch(nll)[:real].sum())
         tokens += float(batch.response_mask[:real].sum())
     return total / max(tokens, 1)
 
@@ -68,5 +69,5 @@ def measure(run: Run, model: Model, batches: Any) -> dict[str, np.ndarray]:
             run.build.vocab,
             run.build.arithmetic(model),
         )
-        parts.append({name: np.asarray(value)[:real] for name, value in found.items()})
+        parts.append({name: hosts.fetch(value)[:real] for name, value in found.items()})
     return stack(parts)

@@ -1,7 +1,6 @@
 """The stages that train a model: resume or start, run the loop, keep the best one."""
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import jax
 
-from minillm_jax import modelfiles, trainer
+from minillm_jax import hosts, modelfiles, trainer
 from minillm_jax.build import Builder
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
@@ -19,8 +18,8 @@ from minillm_jax.modelfiles import Model
 from minillm_jax.models import DecoderConfig
 from minillm_jax.models.hf import open_model
 from minillm_jax.reporting.progress import Progress
-from minillm_jax.sharding import batch_sharding
-from minillm_jax.stages import Outcome, Run
+from minillm_jax.sharding import batch_sharding, place, take_rows
+from minillm_jax.stages import FREE_SETTINGS, Outcome, Run
 from minillm_jax.stages.answers import answered
 from minillm_jax.stages.measures import Scores, validation
 from minillm_jax.train_state import init_state
@@ -64,47 +63,47 @@ def train(
     build, folder = run.build, run.folder(stage)
     schedule = build.schedule(section)
     optimizer, _ = build.optimizer(section)
-    print(f"{stage}: {in_words(build, section)}", file=sys.stderr)
-    with jax.set_mesh(build.mesh):
-        abstract = build.abstract_state(start.config, section)
-        # Logging may change between two starts; whatever decides a state may not.
-        config = {name: v for name, v in build.config.to_dict().items() if name != "tensorboard"}
-        settings = {"stage": stage, "config": config}
-        # A CPU has one memory: a copy for the writer would be a second state in it.
-        writing = {"keep": 1, "background": jax.default_backend() != "cpu"}
-        with Checkpoints(folder / "checkpoints", settings, **writing) as checkpoints:
-            buffer = _abstract_rollout(build, method, abstract, frozen, batches)
-            restored = checkpoints.restore(abstract, buffer=buffer)
-            rollout, tokens = None, 0
-            if restored:
-                state, rollout = restored.state, restored.buffer
-                tokens = restored.extra["tokens"]
-                best = restored.extra["best"]
-                run.metrics.truncate_after(stage, restored.step)
-            else:
-                state, best = init_state(start.load(), optimizer, abstract), None
-                run.metrics.truncate_after(stage, -1)
-            keep = f"valid_{build.config[section].keep}"
-            progress = _Stage(run, stage, start, schedule, validate, keep, checkpoints)
-            progress.tokens, progress.best = tokens, best
-            first = int(state.step)
-            with Progress(stage, schedule.steps, headline=headline, start=first) as bar:
-                progress.bar = bar
-                if not restored:
-                    progress.evaluate(0, state)
-                state = trainer.fit(
-                    method,
-                    state,
-                    frozen,
-                    batches,
-                    schedule,
-                    trainer.Hooks(progress.log, progress.evaluate, progress.save),
-                    seed=build.seed,
-                    rollout=rollout,
-                    seconds=seconds,
-                    corpus=corpus,
-                    put=lambda batch: jax.device_put(batch, batch_sharding(build.mesh)),
-                )
+    print(f"{stage}: {in_words(build, section)}", file=hosts.log())
+    abstract = build.abstract_state(start.config, section)
+    rows = batch_sharding(build.mesh)
+    config = {name: v for name, v in build.config.to_dict().items() if name not in FREE_SETTINGS}
+    settings = {"stage": stage, "config": config}
+    # A CPU has one memory: a copy for the writer would be a second state in it.
+    writing = {"keep": 1, "background": jax.default_backend() != "cpu"}
+    with Checkpoints(folder / "checkpoints", settings, **writing) as checkpoints:
+        buffer = _abstract_rollout(build, method, abstract, frozen, batches)
+        restored = checkpoints.restore(abstract, buffer=buffer)
+        rollout, tokens = None, 0
+        if restored:
+            state, rollout = restored.state, restored.buffer
+            tokens = restored.extra["tokens"]
+            best = restored.extra["best"]
+            run.metrics.truncate_after(stage, restored.step)
+        else:
+            state, best = init_state(start.load(), optimizer, abstract), None
+            run.metrics.truncate_after(stage, -1)
+        keep = f"valid_{build.config[section].keep}"
+        progress = _Stage(run, stage, start, schedule, validate, keep, checkpoints)
+        progress.tokens, progress.best = tokens, best
+        first = int(state.step)
+        with Progress(stage, schedule.steps, headline=headline, start=first) as bar:
+            progress.bar = bar
+            if not restored:
+                progress.evaluate(0, state)
+            state = trainer.fit(
+                method,
+                state,
+                frozen,
+                batches,
+                schedule,
+                trainer.Hooks(progress.log, progress.evaluate, progress.save),
+                seed=build.seed,
+                rollout=rollout,
+                seconds=seconds,
+                corpus=corpus,
+                put=lambda batch: place(batch, rows),
+                take=lambda rollout, which: take_rows(rollout, which, rows),
+            )
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     return outcome | {"skipped": int(state.skipped), "best": progress.best}
 

@@ -1,0 +1,106 @@
+"""Whole runs as several processes: the answers and losses of one, whoever goes on after a kill."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minillm_jax.models import hf
+from tests.toy_run import write_config
+
+ROOT = Path(__file__).parents[1]
+DEVICES = 4
+CLOCKS = ("seconds", "tokens_per_second", "collect_seconds", "collect_tokens_per_second")
+
+
+def run(folder, workdir, processes, *flags, **environ):
+    """Run the toy experiment on four devices as so many processes; the logs by rank."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"localhost:{found.getsockname()[1]}"
+    flag = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_run"]
+    command += ["--config", str(folder / "toy.py"), "--workdir", str(workdir), *flags]
+    started = []
+    for rank in range(processes):
+        place = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(rank),
+        }
+        environment = base | (place if processes > 1 else {}) | environ
+        started.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    ended = [process.communicate(timeout=600) for process in started]
+    return [(p.returncode, *texts) for p, texts in zip(started, ended, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_config(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The run of one process with all four devices."""
+    workdir = folder / "alone"
+    ((code, _, error),) = run(folder, workdir, 1)
+    assert code == 0, error
+    return workdir
+
+
+def same(workdir, alone):
+    """Assert equal answers, metrics to 1e-5, and equal students to 1e-5."""
+    for file in ("stages/teacher_answers/answers.jsonl", "evaluate/answers.jsonl"):
+        assert (workdir / file).read_bytes() == (alone / file).read_bytes(), file
+    found, expected = (
+        [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()]
+        for at in (workdir, alone)
+    )
+    assert len(found) == len(expected) > 10
+    for row, wanted in zip(found, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for name in row.keys() - CLOCKS:
+            if isinstance(row[name], str):
+                assert row[name] == wanted[name]
+            else:
+                close = abs(row[name] - wanted[name]) <= 1e-5 * max(1, abs(wanted[name]))
+                assert close, (row["stage"], row["step"], name, row[name], wanted[name])
+    for stage in ("student_sft", "distill"):
+        models = [hf.load(at / "stages" / stage / "model").params for at in (workdir, alone)]
+        for path in ("up", "down"):
+            a, b = (np.asarray(p["layers"]["mlp"][path]["kernel"]) for p in models)
+            np.testing.assert_allclose(a, b, 0, 1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_train_like_one_and_write_once(processes, folder, alone):
+    workdir = folder / f"as-{processes}"
+    for rank, (code, out, error) in enumerate(run(folder, workdir, processes)):
+        assert code == 0, error
+        assert ("distill" in error) == ("Reverse KL" in out) == (rank == 0)
+    same(workdir, alone)
+
+
+def test_two_are_killed_and_four_go_on_and_then_one(folder, alone):
+    workdir = folder / "killed"
+    ended = run(folder, workdir, 2, KILL_AT="student_sft/2")
+    assert [code for code, *_ in ended] == [-signal.SIGKILL] * 2
+    ended = run(folder, workdir, 4, "--config.mesh.fsdp=2", KILL_AT="distill/2")
+    assert [code for code, *_ in ended] == [-signal.SIGKILL] * 4
+    assert "teacher_answers: done" in ended[0][2] and "student_sft: done" not in ended[0][2]
+    ((code, _, error),) = run(folder, workdir, 1, "--config.mesh.tensor=2")
+    assert code == 0 and "student_sft: done" in error, error
+    same(workdir, alone)

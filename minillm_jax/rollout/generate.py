@@ -60,7 +60,7 @@ def generate(
     kind: Any = dtype or params["embed"]["tokens"].dtype
     weights = unstack(config, params, kind)
     top = head(config, weights.outer)
-    uniforms = jax.random.uniform(key, (slots, rows))
+    uniforms = jax.random.uniform(key, (rows, slots)).T  # whatever rows fill the batch
     cache = init_cache(config, rows, width + slots, kind)
     hidden, cache = extend(config, weights, prompt, prompt_mask, cache, dtype=kind)
     hidden = hidden[:, -1]

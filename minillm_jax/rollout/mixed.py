@@ -83,7 +83,7 @@ def collect(
     slots, chunk, vocab = mixing.slots, mixing.chunk, mixing.vocab
     coin_key, draw_key = jax.random.split(key)
     coins = jax.random.bernoulli(coin_key, mixing.alpha, (slots,))
-    uniforms = jax.random.uniform(draw_key, (slots, rows))
+    uniforms = jax.random.uniform(draw_key, (rows, slots)).T  # whatever rows fill the batch
 
     dtype, teacher_dtype = mixing.dtype, teacher_params["embed"]["tokens"].dtype
     q_weights = unstack(student, params, dtype)

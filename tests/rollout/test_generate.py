@@ -83,10 +83,13 @@ def test_width_of_the_padding_changes_nothing():
     np.testing.assert_array_equal(found.tokens, again.tokens)
 
 
-def test_rows_that_fill_the_batch_stay_empty():
+def test_rows_that_fill_the_batch_stay_empty_and_change_no_other():
     prompt, mask = prompts(3, 5, VOCAB)
     found = answer(prompt, mask.at[1].set(False))
     assert found.mask.any(axis=1).tolist() == [True, False, True]
+    drawn = answer(prompt, mask, warp=Warp(), key=3)
+    more = [jnp.concatenate([x, x]) for x in (prompt, mask)]
+    np.testing.assert_array_equal(answer(*more, warp=Warp(), key=3).tokens[:3], drawn.tokens)
 
 
 def test_ids_beyond_the_vocabulary_are_not_drawn():

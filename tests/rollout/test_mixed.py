@@ -41,7 +41,7 @@ def drawn(log_prob, found):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("chunk", [1, 3, 12])
 def test_scores_of_the_loop_are_those_of_a_scoring_pass(alpha, chunk):
-    found = rollout(alpha=alpha, chunk=chunk)
+    found = rollout(key=1, alpha=alpha, chunk=chunk)
     assert 20 < found.response_mask.sum() < found.response_mask.size  # some rows ended
     log_q, log_p = (
         drawn(log_probs(*model, found), found) for model in ((STUDENT, Q), (TEACHER, P))
@@ -57,7 +57,7 @@ def test_each_model_computes_in_its_own_type():
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), P)
     prompt, mask = prompts(8, 5, VOCAB)
     found = collect(
-        STUDENT, TEACHER, Q, low, prompt, mask, jax.random.key(0), mixing(dtype="bfloat16")
+        STUDENT, TEACHER, Q, low, prompt, mask, jax.random.key(1), mixing(dtype="bfloat16")
     )
     assert found.teacher_hidden.dtype == jnp.bfloat16 and found.log_q.dtype == jnp.float32
     log_q, exact = (
@@ -122,9 +122,11 @@ def test_same_key_same_tokens_whatever_the_chunk():
     assert (rollout(key=6).response != first).any()
 
 
-def test_rows_that_fill_the_batch_stay_empty():
+def test_rows_that_fill_the_batch_stay_empty_and_change_no_other():
     prompt, mask = prompts(3, 5, VOCAB)
     mask = mask.at[2].set(False)
     found = collect(STUDENT, TEACHER, Q, P, prompt, mask, jax.random.key(0), mixing())
     assert found.response_mask.any(axis=1).tolist() == [True, True, False]
     assert (found.log_q[2] == 0).all() and (found.teacher_hidden[2] == 0).all()
+    alone = collect(STUDENT, TEACHER, Q, P, prompt[:2], mask[:2], jax.random.key(0), mixing())
+    np.testing.assert_array_equal(found.response[:2], alone.response)

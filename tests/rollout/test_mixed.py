@@ -41,7 +41,7 @@ def drawn(log_prob, found):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("chunk", [1, 3, 12])
 def test_scores_of_the_loop_are_those_of_a_scoring_pass(alpha, chunk):
-    found = rollout(key=1, alpha=alpha, chunk=chunk)
+    found = rollout(rows=16, alpha=alpha, chunk=chunk)
     assert 20 < found.response_mask.sum() < found.response_mask.size  # some rows ended
     log_q, log_p = (
         drawn(log_probs(*model, found), found) for model in ((STUDENT, Q), (TEACHER, P))

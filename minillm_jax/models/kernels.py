@@ -17,6 +17,9 @@ from minillm_jax.axes import partition_spec, ways_of
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.types import InputError
 
+# Splash is "auto" from here on: docs/architecture.md has the figures.
+SPLASH_FROM = 512
+
 _LANES = 128  # Splash: slots are read in multiples of this
 _BLOCK = 512  # Splash: most slots of a block of queries or keys; a score tile is then 1 MiB
 _FUSED_BLOCKS = 2  # Splash: most key blocks for which one kernel finds all three gradients
@@ -27,9 +30,10 @@ def choose(
 ) -> str:
     """Return "xla", "cudnn" or "splash" for a pass over [rows, slots] in `dtype`.
 
-    `config.attention` "auto" is cuDNN's on NVIDIA GPUs and Splash on TPUs, where they can, and
-    else XLA. The devices are those of the mesh in use, so that a program can be compiled for
-    devices that are not here; without a mesh, the default backend's. `dropout`: the pass draws it.
+    `config.attention` "auto" is cuDNN's on NVIDIA GPUs and, from `SPLASH_FROM` slots on, Splash on
+    TPUs, where they can, and else XLA. The devices are those of the mesh in use, so that a program
+    can be compiled for devices that are not here; without a mesh, the default backend's.
+    `dropout`: the pass draws it.
 
     Raises:
         InputError: a kernel that was asked for by name cannot take this pass.
@@ -38,6 +42,8 @@ def choose(
     name = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla") if asked == "auto" else asked
     if name == "xla":
         return name
+    if asked == "auto" and name == "splash" and slots < SPLASH_FROM:
+        return "xla"
     limit = _limit(name, platform, config, rows, slots, jnp.dtype(dtype), dropout)
     if limit and asked != "auto":
         raise InputError(f"config.attention={name}: {limit}; --config.attention=auto avoids it")
@@ -105,10 +111,7 @@ def attend_packed(
 def _splash(q, k, v, *, window: int | None, interpret: bool) -> jax.Array:
     """Splash attention of q [B, H, T, h] over k and v [B, K, T, h]."""
     # Seconds to import, and needed on TPUs alone.
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
-        splash_attention_mask as masks,
-    )
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     slots = q.shape[2]
     blocks = -(-slots // _BLOCK)
@@ -116,7 +119,7 @@ def _splash(q, k, v, *, window: int | None, interpret: bool) -> jax.Array:
     padded = blocks * block  # behind the last slot, where no query looks
     q, k, v = (jnp.pad(y, ((0, 0), (0, 0), (0, padded - slots), (0, 0))) for y in (q, k, v))
     fused = blocks <= _FUSED_BLOCKS
-    sizes = kernel.BlockSizes(
+    sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
         block_q_dkv=block,
@@ -126,9 +129,11 @@ def _splash(q, k, v, *, window: int | None, interpret: bool) -> jax.Array:
         use_fused_bwd_kernel=fused,
     )
     shape = (padded, padded)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    attention = kernel.make_splash_mha(
-        masks.MultiHeadMask([mask] * q.shape[1]),
+    mask = splash.CausalMask(shape)
+    if window is not None:
+        mask = splash.LocalMask(shape, (window - 1, 0), 0)
+    attention = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * q.shape[1]),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
@@ -163,6 +168,9 @@ def _limit(
     # On a CPU it is interpreted, which is how it is tested.
     if platform not in ("tpu", "cpu"):
         return f"it is for TPUs, and this is a {platform}"
+    precision = jax.config.jax_default_matmul_precision
+    if dtype.itemsize == 2 and precision not in (None, "default", "bfloat16"):
+        return f"its products of {dtype} have no precision {precision!r}"
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         alone = platform == "cpu" or jax.device_count() == 1

@@ -48,13 +48,12 @@ class Builder:
         self.mesh = make_mesh(**config.mesh)
         self._made: dict[str, Any] = {}
         self._tuned_teacher: Path | None = None
-        ways = self.ways
-        check(config, ways)
+        check(config, self.ways)
         self.outline = recipe.outline(config)
         # What these refuse is said now, and not when their stage begins.
         for name in ("teacher_sft", "sft", "distill"):
             if name != "teacher_sft" or self.outline.tunes_teacher:
-                recipe.judge(name, self.section(name), ways)
+                recipe.judge(name, self.section(name), self.ways)
 
     def _once(self, name: str, make: Any) -> Any:
         if name not in self._made:
@@ -137,9 +136,8 @@ class Builder:
         if own or "teacher" not in self._made or c.teacher.dtype != "float32":
             return self.on_devices(start)
         # Copied from the teacher, which is there already.
-        params = take_layers(
-            self.teacher.params, c.student.keep_layers, self._shardings(start.config)
-        )
+        shardings = self._shardings(start.config)
+        params = take_layers(self.teacher.params, c.student.keep_layers, shardings)
         return Model(start.config, params, start.hf_config)
 
     def on_devices(self, stored: Stored, dtype: str = "float32", fsdp: bool = True) -> Model:

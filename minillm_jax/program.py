@@ -78,7 +78,8 @@ def keep_programs() -> None:
     there. The name of a program has the hardware in it, a CPU's instructions, too. Nothing is kept
     where nothing can be written.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    settings: Any = jax.config  # whose attributes are made at run time
+    if settings.jax_compilation_cache_dir is not None:
         return
     try:
         home = os.environ.get("MINILLM_CACHE") or Path.home() / ".cache" / "minillm_jax"
@@ -87,8 +88,8 @@ def keep_programs() -> None:
     except (OSError, RuntimeError):
         return
     if os.access(folder, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        settings.update("jax_compilation_cache_dir", str(folder))
+        settings.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 
 def _fail(message: str) -> int:

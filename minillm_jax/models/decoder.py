@@ -142,7 +142,8 @@ def hidden_states(
         raise ValueError(f"{tokens.shape[1]} slots, but {config.max_positions} positions")
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     dropping = dropout_key is not None
-    kernel = choose(config, *tokens.shape, dtype, dropout=dropping)
+    rows, slots = tokens.shape
+    kernel = choose(config, rows, slots, dtype, dropout=dropping)
     model = Decoder(config, train=dropping, remat=remat, kernel=kernel)
     if kernel == "xla":
         hidden: Any = model.apply({"params": params}, tokens, mask, dtype, rngs=rngs)

@@ -8,6 +8,7 @@ its front: what a causal kernel lets a real slot see is then what the mask would
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,8 @@ def _splash(q, k, v, *, window: int | None, interpret: bool) -> jax.Array:
         q_seq_shards=1,
         interpret=interpret,
     )
-    return jax.vmap(attention)(q, k, v)[:, :, :slots]
+    out: Any = jax.vmap(attention)(q, k, v)
+    return out[:, :, :slots]
 
 
 def _platform() -> str:
@@ -168,7 +170,8 @@ def _limit(
     # On a CPU it is interpreted, which is how it is tested.
     if platform not in ("tpu", "cpu"):
         return f"it is for TPUs, and this is a {platform}"
-    precision = jax.config.jax_default_matmul_precision
+    settings: Any = jax.config  # whose attributes are made at run time
+    precision = settings.jax_default_matmul_precision
     if dtype.itemsize == 2 and precision not in (None, "default", "bfloat16"):
         return f"its products of {dtype} have no precision {precision!r}"
     mesh = jax.sharding.get_abstract_mesh()

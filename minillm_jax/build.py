@@ -48,13 +48,12 @@ class Builder:
         self.mesh = make_mesh(**config.mesh)
         self._made: dict[str, Any] = {}
         self._tuned_teacher: Path | None = None
-        ways = self.ways
-        check(config, ways)
+        check(config, self.ways)
         self.outline = recipe.outline(config)
         # What these refuse is said now, and not when their stage begins.
         for name in ("teacher_sft", "sft", "distill"):
             if name != "teacher_sft" or self.outline.tunes_teacher:
-                recipe.judge(name, self.section(name), ways)
+                recipe.judge(name, self.section(name), self.ways)
 
     def _once(self, name: str, make: Any) -> Any:
         if name not in self._made:
@@ -83,12 +82,17 @@ class Builder:
                 return scratch.model(spec, self.workdir / "scratch")
             return resolve(spec, **checked)
 
+    def open(self, path: Path) -> Stored:
+        """Look at a model, which will be read with `config.attention`."""
+        stored = open_model(path)
+        model = dataclasses.replace(stored.config, attention=self.config.attention)
+        return dataclasses.replace(stored, config=model)
+
     @property
     def teacher_checkpoint(self) -> Stored:
         """The teacher on disk, its weights unread."""
         return self._once(
-            "teacher_checkpoint",
-            lambda: open_model(self._tuned_teacher or self._locate("teacher")),
+            "teacher_checkpoint", lambda: self.open(self._tuned_teacher or self._locate("teacher"))
         )
 
     @property
@@ -104,7 +108,7 @@ class Builder:
         def make():
             c = self.config.student
             own = c.fine_tuned or c.path
-            start = open_model(self._locate("student")) if own else self.teacher_checkpoint
+            start = self.open(self._locate("student")) if own else self.teacher_checkpoint
             return start.keep(c.keep_layers) if c.keep_layers and not c.fine_tuned else start
 
         return self._once("student_checkpoint", make)
@@ -126,15 +130,14 @@ class Builder:
 
     def student(self, folder: Any = None) -> Model:
         """The student from `folder`, or as it is before training; its arrays are its own."""
-        start = open_model(folder) if folder else self.student_checkpoint
+        start = self.open(folder) if folder else self.student_checkpoint
         c = self.config
         own = folder or c.student.path or c.student.fine_tuned
         if own or "teacher" not in self._made or c.teacher.dtype != "float32":
             return self.on_devices(start)
         # Copied from the teacher, which is there already.
-        params = take_layers(
-            self.teacher.params, c.student.keep_layers, self._shardings(start.config)
-        )
+        shardings = self._shardings(start.config)
+        params = take_layers(self.teacher.params, c.student.keep_layers, shardings)
         return Model(start.config, params, start.hf_config)
 
     def on_devices(self, stored: Stored, dtype: str = "float32", fsdp: bool = True) -> Model:
@@ -180,10 +183,8 @@ class Builder:
         self.data.more_tests()
         ids = (max(prompt.prompt) for split in SPLITS for prompt in self.data.prompts(split))
         largest = max(self.tokenizer.eos_id, *ids)
-        for who, checkpoint in (
-            ("teacher", self.teacher_checkpoint),
-            ("student", self.student_checkpoint),
-        ):
+        checkpoints = {"teacher": self.teacher_checkpoint, "student": self.student_checkpoint}
+        for who, checkpoint in checkpoints.items():
             model = checkpoint.config
             check_slots(self.config, who, model.max_positions)
             if largest >= model.vocab_size:

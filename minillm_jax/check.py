@@ -29,6 +29,7 @@ _LEAST = (
 )
 _KEEP = ("loss", "rouge_l", "reverse_kl")
 _CHOICES = {
+    "attention": ("auto", "xla", "cudnn", "splash"),
     "method": ("minillm", "sft", "kd", "seqkd"),
     "data.template": TEMPLATES,
     "data.long_prompts": ("error", "drop"),

@@ -141,7 +141,8 @@ def run_stage(run: Run, stage: str) -> None:
     hosts.barrier(f"{stage} begins")
     began = time.monotonic()
     try:
-        outcome = this.function(run)
+        with jax.set_mesh(run.build.mesh):
+            outcome = this.function(run)
     except TrainingStopped as error:
         steps = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
         last = folder / "checkpoints" / str(max(steps, default=0))

@@ -6,6 +6,7 @@ and `--help` lists what belongs to the command and nothing else.
 
 import difflib
 import errno
+import os
 import re
 import runpy
 import sys
@@ -14,13 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import flags, logging
 
 from minillm_jax.types import InputError
 
+CACHE_BYTES = 4 * 2**30  # of programs that are kept; those not used for longest go first
+
 
 def run(main: Callable[[list[str]], None], known: flags.FlagValues) -> NoReturn:
     """Run `main` with the command line of this process, and exit."""
+    keep_programs()
     try:
         code = call(main, known, sys.argv)
     except Exception:
@@ -64,6 +69,27 @@ def call(main: Callable[[list[str]], None], known: flags.FlagValues, argv: Seque
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def keep_programs() -> None:
+    """Have jax keep programs that took a second to compile, for the next start.
+
+    In `$MINILLM_CACHE`, by default `~/.cache/minillm_jax`; where jax was given a folder already,
+    there. The name of a program has the hardware in it, a CPU's instructions, too. Nothing is kept
+    where nothing can be written.
+    """
+    settings: Any = jax.config  # whose attributes are made at run time
+    if settings.jax_compilation_cache_dir is not None:
+        return
+    try:
+        home = os.environ.get("MINILLM_CACHE") or Path.home() / ".cache" / "minillm_jax"
+        folder = Path(home) / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
+    if os.access(folder, os.W_OK):
+        settings.update("jax_compilation_cache_dir", str(folder))
+        settings.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 
 def _fail(message: str) -> int:

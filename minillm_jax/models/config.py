@@ -67,6 +67,9 @@ class DecoderConfig:
     embed_dropout: float = 0.0  # of the input of the layers
     attention_dropout: float = 0.0  # of the attention weights
 
+    # Not of the model: how a whole sequence is read. See `kernels.choose`.
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+
     def __post_init__(self):
         """Fill in the derived widths and refuse a description that fits no decoder."""
         derived = (

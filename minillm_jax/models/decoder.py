@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from minillm_jax.axes import constrain
 from minillm_jax.models.attention import causal_mask, positions_of, rotary_angles
 from minillm_jax.models.config import DecoderConfig
+from minillm_jax.models.kernels import choose, pack, take
 from minillm_jax.models.layers import Block, Embed, HeadParams, Linear, Norm
 from minillm_jax.types import Params
 
@@ -28,6 +29,7 @@ class Decoder(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     train: bool = False
     remat: bool = False
+    kernel: str = "xla"  # any other reads packed rows
 
     def setup(self):
         """Declare the modules under the names of the parameter tree."""
@@ -40,7 +42,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.param_dtype, self.train)
+        )(c, self.param_dtype, self.train, self.kernel)
         self.drop = nn.Dropout(c.embed_dropout, deterministic=not self.train)
         if c.norm_first:
             self.final_norm = Norm(c.norm, c.norm_eps, self.param_dtype)
@@ -53,15 +55,17 @@ class Decoder(nn.Module):
         """Map `tokens` [B, T] to hidden states [B, T, E]."""
         c = self.config
         positions = positions_of(mask)
-        distance, windows = None, None
-        if c.windows is not None:
+        sees, distance, windows = None, None, None
+        if self.kernel == "xla":
+            sees = causal_mask(mask)
+        if self.kernel == "xla" and c.windows is not None:
             distance = positions[:, :, None] - positions[:, None, :]
             windows = jnp.array([window or _UNBOUNDED for window in c.windows], jnp.int32)
         with jax.named_scope("embed"):
             x, angles = self.start(tokens, positions, dtype)
             x = self.drop(x)
         with jax.named_scope("layers"):
-            x, _ = self.layers(x, angles, (causal_mask(mask), distance), windows)
+            x, _ = self.layers(x, angles, (sees, distance), windows)
         if self.is_initializing():
             self.head()
         return self.finish(x)
@@ -131,14 +135,23 @@ def hidden_states(
     Padding may stand on either side of a row: positions count the real tokens and no query sees a
     padded key. The states at padded slots are finite and mean nothing. Dropout only with a key.
 
-    Raises ValueError where learned positions are fewer than the slots.
+    Raises ValueError where learned positions are fewer than the slots, InputError where
+    `config.attention` names a kernel that cannot take this.
     """
     if config.positions == "learned" and tokens.shape[1] > config.max_positions:
         raise ValueError(f"{tokens.shape[1]} slots, but {config.max_positions} positions")
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    model = Decoder(config, train=dropout_key is not None, remat=remat)
-    hidden: Any = model.apply({"params": params}, tokens, mask, dtype, rngs=rngs)
-    return hidden
+    dropping = dropout_key is not None
+    rows, slots = tokens.shape
+    kernel = choose(config, rows, slots, dtype, dropout=dropping)
+    model = Decoder(config, train=dropping, remat=remat, kernel=kernel)
+    if kernel == "xla":
+        hidden: Any = model.apply({"params": params}, tokens, mask, dtype, rngs=rngs)
+        return hidden
+    order, place = pack(mask)
+    tokens, mask = take(tokens, order), take(mask, order)
+    hidden = model.apply({"params": params}, tokens, mask, dtype, rngs=rngs)
+    return take(hidden, place)
 
 
 def head(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) -> Head:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from minillm_jax.axes import constrain
 from minillm_jax.models.attention import attend, rotate
 from minillm_jax.models.config import DecoderConfig
+from minillm_jax.models.kernels import attend_packed, window_of
 
 _INIT_STDDEV = 0.02  # GPT-2
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -107,10 +108,14 @@ class Attention(nn.Module):
     config: DecoderConfig
     param_dtype: DTypeLike = jnp.float32
     train: bool = False
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(self, x, angles, mask, slots: Slots | None = None):
-        """Return the output [B, T, D] and the updated slots."""
+        """Return the output [B, T, D] and the updated slots.
+
+        Another `kernel` than "xla" reads packed rows and no `mask`.
+        """
         c = self.config
         linear = functools.partial(Linear, param_dtype=self.param_dtype)
         inward = functools.partial(linear, use_bias=c.qkv_bias)
@@ -123,14 +128,17 @@ class Attention(nn.Module):
             k = Norm("rms", c.norm_eps, self.param_dtype, name="k_norm")(k)
         if angles is not None:
             q, k = (rotate(y, angles, c.rope_interleaved) for y in (q, k))
-        q = q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-        k, v = (y.transpose(0, 2, 1, 3) for y in (k, v))
-        if slots is not None:
-            slots = slots.write(k, v)
-            k, v = slots.keys.astype(q.dtype), slots.values.astype(q.dtype)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
-        y = attend(q, k, v, mask, scale, drop).transpose(0, 3, 1, 2, 4)
+        if self.kernel != "xla":
+            y = attend_packed(self.kernel, q, k, v, scale, window_of(c, x.shape[1]))
+        else:
+            q = q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+            k, v = (y.transpose(0, 2, 1, 3) for y in (k, v))
+            if slots is not None:
+                slots = slots.write(k, v)
+                k, v = slots.keys.astype(q.dtype), slots.values.astype(q.dtype)
+            drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
+            y = attend(q, k, v, mask, scale, drop).transpose(0, 3, 1, 2, 4)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
         stddev = _INIT_STDDEV / (2 * c.layers) ** 0.5
         out = linear(c.width, ("heads", "embed"), use_bias=c.out_bias, stddev=stddev, name="o")
@@ -164,6 +172,7 @@ class Block(nn.Module):
     config: DecoderConfig
     param_dtype: DTypeLike = jnp.float32
     train: bool = False  # draw dropout from the `dropout` stream
+    kernel: str = "xla"  # of the attention
 
     @nn.compact
     def __call__(self, x, angles, sight, window=None, slots: Slots | None = None):
@@ -175,7 +184,7 @@ class Block(nn.Module):
         c = self.config
         norm = functools.partial(Norm, c.norm, c.norm_eps, self.param_dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
-        attn = Attention(c, self.param_dtype, self.train, name="attn")
+        attn = Attention(c, self.param_dtype, self.train, self.kernel, name="attn")
         mlp = Mlp(c, self.param_dtype, name="mlp")
         mask, distance = sight
         if window is not None:

@@ -16,7 +16,6 @@ from minillm_jax.geometry import in_words
 from minillm_jax.methods import Method
 from minillm_jax.modelfiles import Model
 from minillm_jax.models import DecoderConfig
-from minillm_jax.models.hf import open_model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.sharding import batch_sharding, place, take_rows
 from minillm_jax.stages import FREE_SETTINGS, Outcome, Run
@@ -37,7 +36,7 @@ class Start:
 
 def student(build: Builder, folder: Path | None = None) -> Start:
     """The student from `folder`, or as it is before training."""
-    stored = open_model(folder) if folder else build.student_checkpoint
+    stored = build.open(folder) if folder else build.student_checkpoint
     return Start(stored.config, stored.hf_config, lambda: build.student(folder).params)
 
 

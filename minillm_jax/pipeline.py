@@ -100,10 +100,7 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
     if set(to_do) - {"report"}:
         build.preflight(to_do)
     hosts.barrier("preflight")  # else one may write what another is still looking at
-    with (
-        jax.set_mesh(build.mesh),
-        MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics,
-    ):
+    with MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
         run = Run(build, workdir, metrics)
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())

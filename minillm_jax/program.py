@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from absl import flags, logging
 
 from minillm_jax.types import InputError
@@ -78,6 +77,8 @@ def keep_programs() -> None:
     there. The name of a program has the hardware in it, a CPU's instructions, too. Nothing is kept
     where nothing can be written.
     """
+    import jax  # which --help does not need
+
     settings: Any = jax.config  # whose attributes are made at run time
     if settings.jax_compilation_cache_dir is not None:
         return

@@ -241,6 +241,7 @@ class Builder:
             *self.optimizer(name),
             vocab=self.vocab,
             dropout_seed=self.dropout_seed,
+            max_tokens=self.data.max_tokens,
             **self._common(model, name),
         )
 
@@ -253,6 +254,7 @@ class Builder:
             kd_ratio=self.config.distill.kd_ratio,
             teacher_dtype=self.config.teacher.dtype,
             dropout_seed=self.dropout_seed,
+            max_tokens=self.data.max_tokens,
             **self._common(self.student_checkpoint.config, "distill"),
         )
 

@@ -41,10 +41,10 @@ def rollout():
     answers, rng = given(), np.random.default_rng(2)
     log_q, log_p = -rng.exponential(1.0, (2, ROWS, MIXING.slots)).astype(np.float32)
     log_mix = np.logaddexp(np.log(0.7) + log_q, np.log(0.3) + log_p).astype(np.float32)
-    drawn = [np.where(answers.response_mask, x, 0) for x in (log_q, log_p, log_mix)]
+    drawn = [jnp.where(answers.response_mask, x, 0) for x in (log_q, log_p, log_mix)]
     states = response_states(TEACHER, P, answers)
-    prompt, response = (answers.prompt, answers.prompt_mask), (answers.response,)
-    return Rollout(*prompt, *response, answers.response_mask, *drawn, teacher_hidden=states)
+    prompt, mask = (answers.prompt, answers.prompt_mask), answers.response_mask
+    return Rollout(*prompt, answers.response, mask, *drawn, teacher_hidden=states)
 
 
 def case(name: str, remat: bool):

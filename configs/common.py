@@ -48,7 +48,7 @@ def base() -> ml_collections.ConfigDict:
     config.data.max_prompt = 128  # prompt buffer P in tokens
     config.data.max_response = 64  # response buffer N in tokens
     # Most tokens of a given answer, cut so that prompt and answer are within max_prompt +
-    # max_response; 0: as max_response. Batches of longer ones are wider: max_prompt + max_answer.
+    # max_response, which is what the models then read of a row; 0: as max_response.
     config.data.max_answer = 0
     config.data.long_prompts = "error"  # of more than max_prompt tokens; or drop their rows
     config.data.limit = 0  # use that many training rows; 0: all

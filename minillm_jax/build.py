@@ -241,7 +241,7 @@ class Builder:
             model,
             *self.optimizer(name),
             vocab=self.vocab,
-            dropout_seed=self.dropout_seed,
+            **self._given_answers,
             **self._common(model, name),
         )
 
@@ -253,7 +253,7 @@ class Builder:
             vocab=self.vocab,
             kd_ratio=self.config.distill.kd_ratio,
             teacher_dtype=self.config.teacher.dtype,
-            dropout_seed=self.dropout_seed,
+            **self._given_answers,
             **self._common(self.student_checkpoint.config, "distill"),
         )
 
@@ -271,9 +271,9 @@ class Builder:
         )
 
     @property
-    def dropout_seed(self) -> int | None:
-        """The seed of the models' own dropout, None for none."""
-        return self.seed if self.config.dropout else None
+    def _given_answers(self) -> dict[str, Any]:
+        seed = self.seed if self.config.dropout else None  # of the models' own dropout
+        return {"dropout_seed": seed, "max_tokens": self.data.max_tokens}
 
     def _models(self) -> tuple[DecoderConfig, DecoderConfig]:
         return self.student_checkpoint.config, self.teacher_config

@@ -113,12 +113,11 @@ def check(config: Any, ways: int = 1) -> None:
 def check_slots(config: Any, who: str, positions: int) -> None:
     """Refuse batches that are wider than a model of so many positions reads."""
     c = config.data
-    for name in ("max_response", "max_answer"):
-        if c.max_prompt + c[name] > positions:
-            raise InputError(
-                f"config.data.max_prompt={c.max_prompt} and {name}={c[name]} make more than the "
-                f"{positions} positions of the {who}: lower one of them"
-            )
+    if c.max_prompt + c.max_response > positions:
+        raise InputError(
+            f"config.data.max_prompt={c.max_prompt} and max_response={c.max_response} make more "
+            f"than the {positions} positions of the {who}: lower one of them"
+        )
 
 
 def _setting(config: Any, name: str) -> Any:

@@ -50,6 +50,11 @@ class Data:
             self._made[name] = make()
         return self._made[name]
 
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a prompt and its response together."""
+        return self.config.data.max_prompt + self.config.data.max_response
+
     def rows(self, split: str) -> list[Row]:
         """The rows of a split, from where the config says, or the packaged prompts.
 
@@ -150,14 +155,14 @@ class Data:
             template=c.template,
             max_prompt=c.max_prompt,
             max_response=c.max_answer or c.max_response,
-            max_tokens=c.max_prompt + c.max_response,
+            max_tokens=self.max_tokens,
             answers=answers,
             long_prompts=c.long_prompts,
         )
 
     def corpus(self) -> corpus_lib.Batches | None:
         """Blocks of plain text, as many per update as responses; None without a corpus loss."""
-        c, d = self.config.corpus, self.config.data
+        c = self.config.corpus
         if not c.files or c.coefficient == 0:
             return None
 
@@ -166,7 +171,7 @@ class Data:
             folder = self.workdir / "scratch"
             with hosts.main_first("text"):
                 files = [scratch.text(folder) if file == made else file for file in c.files]
-            length = d.max_prompt + d.max_response
+            length = self.max_tokens
             wanted = self.config.distill.steps * self.config.distill.batch_size
             most = min(wanted, corpus_lib.MOST_BLOCKS)
             models = [self.config[who].path for who in ("teacher", "student")]
@@ -191,10 +196,11 @@ class Data:
         The response buffer is that of sampling, unless there are given answers that need more.
         """
         c = self.config.data
+        most = min(c.max_answer, self.max_tokens)
         longest = max((len(example.response) for example in examples), default=0)
         return {
             "prompt_slots": c.max_prompt,
-            "response_slots": c.max_response if longest <= c.max_response else c.max_answer,
+            "response_slots": c.max_response if longest <= c.max_response else most,
             "pad_id": self.tokenizer.pad_id,
         }
 

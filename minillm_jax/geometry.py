@@ -19,7 +19,7 @@ def geometry(build: Builder, names: Iterable[str]) -> dict[str, Any]:
     if c.max_answer > c.max_response and (
         build.outline.answers == "data" or build.outline.tunes_teacher
     ):
-        found["answer_slots"] = c.max_answer
+        found["answer_slots"] = min(c.max_answer, build.data.max_tokens)
     for name in names:
         section, known = build.section(name), rows["train"]
         known = known if isinstance(known, int) else 0

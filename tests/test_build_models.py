@@ -12,6 +12,10 @@ from toy_run import one_device, toy_config
 from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
 from minillm_jax.models import hf, weights
+from minillm_jax.reporting.writers import MetricsWriter
+from minillm_jax.rollout import score
+from minillm_jax.stages import Run
+from minillm_jax.stages.measures import answer_loss
 
 
 @pytest.fixture
@@ -88,6 +92,39 @@ def test_given_answers_may_be_longer_than_sampled_ones(tmp_path, monkeypatch):
     assert data.ordered(cut)[0][0].response.shape == (8, 4)
     config.answers.source = "data"
     assert geometry(Builder(config), ())["answer_slots"] == 10
+
+
+def test_models_read_no_more_of_a_row_than_prompt_and_answer_have(tmp_path, monkeypatch):
+    """However long an answer may be: they are cut together."""
+    one_device(monkeypatch)
+    config = toy_config(tmp_path)
+    config.answers.source = "data"
+    config.data.max_prompt, config.data.max_response, config.data.max_answer = 12, 4, 120
+    for split in ("train", "validation", "test"):
+        file = tmp_path / f"{split}.jsonl"
+        lines = [
+            json.loads(line) | {"output": "cat " * 20} for line in file.read_text().splitlines()
+        ]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config.distill.kd_ratio = 0.5
+    builder = Builder(config)
+    builder.preflight(())  # 12 + 120 are more than the models have positions
+    batch = builder.data.batches(builder.data.gold("train"), 8)[0]
+    assert batch.response.shape == (8, 16)
+    widths, read = [], score.hidden_states
+
+    def recorded(config, params, tokens, mask, **options):
+        widths.append(tokens.shape[1])
+        return read(config, params, tokens, mask, **options)
+
+    monkeypatch.setattr(score, "hidden_states", recorded)
+    state = builder.abstract_state(builder.student_checkpoint.config, "sft")
+    jax.eval_shape(builder.sft().update, state, None, batch)
+    jax.eval_shape(builder.kd().update, state, builder.teacher.params, batch)
+    with MetricsWriter(tmp_path) as metrics:
+        run = Run(builder, tmp_path, metrics)
+        answer_loss(run, builder.data.gold("validation"), builder.student())
+    assert len(widths) >= 4 and set(widths) == {16}
 
 
 def test_the_temperature_is_the_teachers_alone(builder):

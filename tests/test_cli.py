@@ -154,7 +154,6 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
         ("student.keep_layers", "ab", "config.student.keep_layers="),
         ("mesh.data", 3, "does not fit the 1 devices here"),
         ("data.max_prompt", 3, "the limit is 3 (8 of 8 rows are over it); raise config.data.max_p"),
-        ("data.max_answer", 120, "max_answer=120 make more than the 128 positions of the teacher"),
         ("data.max_response", 120, "more than the 128 positions of the teacher: lower one of them"),
     ],
 )  # fmt: skip

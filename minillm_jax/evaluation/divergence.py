@@ -50,12 +50,18 @@ def sums(
     return rows | {"tokens": mask.sum(axis=1)}
 
 
-@partial(jax.jit, static_argnames=("config", "size", "dtype"))
+@partial(jax.jit, static_argnames=("config", "size", "dtype", "max_tokens"))
 def answer_nll(
-    config: DecoderConfig, params: Params, batch: Sequences, size: int, dtype: str = "float32"
+    config: DecoderConfig,
+    params: Params,
+    batch: Sequences,
+    size: int,
+    dtype: str = "float32",
+    max_tokens: int | None = None,
 ) -> jax.Array:
     """-log q summed over each given response, [B], over the first `size` ids."""
-    hidden, mask = response_states(config, params, batch, dtype=dtype), batch.response_mask
+    mask = batch.response_mask
+    hidden = response_states(config, params, batch, max_tokens=max_tokens, dtype=dtype)
     top = head(config, params)
     alone = (hidden, top.weight, top.bias, None, None, None, batch.response)
     log_q = vocab.scores(*alone, mask=mask, vocab_size=size)["log_q"]

@@ -34,6 +34,7 @@ def method(
     remat: bool = False,
     teacher_dtype: str = "float32",
     dropout_seed: int | None = None,
+    max_tokens: int | None = None,
 ) -> Method:
     """KD with `frozen` the teacher's parameters; the first `vocab` ids are true in both models.
 
@@ -43,6 +44,7 @@ def method(
         remat: compute the student's layers again in the backward pass.
         dropout_seed: train with the student's dropout, its keys from this seed; None: without.
             The teacher has none.
+        max_tokens: of a prompt and its response together, where that is less than their slots.
 
     Raises:
         InputError: `kd_ratio` outside [0, 1].
@@ -52,13 +54,15 @@ def method(
     def loss_sums(params: Params, frozen: Params, batch: Any) -> dict[str, reduce.Pair]:
         given, keys = batch
         key = None if keys is None else keys[0]
+        options = {"dtype": dtype, "remat": remat, "dropout_key": key, "max_tokens": max_tokens}
         states = None
         if kd_ratio > 0:
-            states = response_states(teacher, frozen, given, dtype=teacher_dtype)
+            own = {"dtype": teacher_dtype, "max_tokens": max_tokens}
+            states = response_states(teacher, frozen, given, **own)
         return cross_entropy.sums(
             student,
             params,
-            response_states(student, params, given, dtype=dtype, remat=remat, dropout_key=key),
+            response_states(student, params, given, **options),
             given.response,
             given.response_mask,
             size=vocab,

@@ -27,6 +27,7 @@ def method(
     shardings: Any = None,
     remat: bool = False,
     dropout_seed: int | None = None,
+    max_tokens: int | None = None,
 ) -> Method:
     """SFT of a student over its first `vocab` ids; `frozen` is not used.
 
@@ -35,13 +36,14 @@ def method(
         shardings: of the state, for `compiled`.
         remat: compute the layers again in the backward pass.
         dropout_seed: train with the model's dropout, its keys from this seed; None: without.
+        max_tokens: of a prompt and its response together, where that is less than their slots.
     """
 
     def loss_sums(params: Params, batch: Any) -> dict[str, reduce.Pair]:
         given, keys = batch
         key = None if keys is None else keys[0]
         options = {"dtype": dtype, "remat": remat, "dropout_key": key}
-        hidden = response_states(config, params, given, **options)
+        hidden = response_states(config, params, given, max_tokens=max_tokens, **options)
         labels, mask = given.response, given.response_mask
         found = cross_entropy.sums(config, params, hidden, labels, mask, size=vocab)
         return {"loss": found["loss"]}

@@ -8,13 +8,30 @@ from minillm_jax.types import Params, Sequences
 
 
 def response_states(
-    config: DecoderConfig, params: Params, sequences: Sequences, **options
+    config: DecoderConfig,
+    params: Params,
+    sequences: Sequences,
+    *,
+    max_tokens: int | None = None,
+    **options,
 ) -> jax.Array:
     """Hidden states [B, N, D] that predict the response tokens, from one pass over [B, P + N].
 
-    `options` are those of `hidden_states`: dtype, remat, dropout_key.
+    With `max_tokens`, the most that a prompt and its response have together, the pass is over
+    [B, max_tokens] where that is less: each row is read from its first token on. What comes back is
+    the same. `options` are those of `hidden_states`: dtype, remat, dropout_key.
     """
     tokens = jnp.concatenate([sequences.prompt, sequences.response], axis=1)
     mask = jnp.concatenate([sequences.prompt_mask, sequences.response_mask], axis=1)
+    first, slots = sequences.prompt.shape[1] - 1, tokens.shape[1]  # `first` predicts token 0
+    if max_tokens is None or max_tokens >= slots:
+        return hidden_states(config, params, tokens, mask, **options)[:, first:-1]
+    padding = first + 1 - sequences.prompt_mask.sum(axis=1, keepdims=True)  # [B, 1], on the left
+    start = jnp.minimum(padding, slots - max_tokens)
+    read = start + jnp.arange(max_tokens)[None]  # [B, max_tokens]
+    tokens, mask = (jnp.take_along_axis(x, read, axis=1) for x in (tokens, mask))
     hidden = hidden_states(config, params, tokens, mask, **options)
-    return hidden[:, sequences.prompt.shape[1] - 1 : -1]
+    # Slots beyond the window are padding of the response: any state will do.
+    wanted = first - start + jnp.arange(sequences.response.shape[1])[None]  # [B, N]
+    wanted = jnp.clip(wanted, 0, max_tokens - 1)
+    return jnp.take_along_axis(hidden, wanted[..., None], axis=1)

@@ -30,6 +30,7 @@ def answer_loss(run: Run, examples: Sequence[Example], model: Model) -> float:
             place(batch, batch_sharding(run.build.mesh)),
             run.build.vocab,
             run.build.arithmetic(model),
+            run.build.data.max_tokens,
         )
         total += float(hosts.fetch(nll)[:real].sum())
         tokens += float(batch.response_mask[:real].sum())

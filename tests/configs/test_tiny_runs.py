@@ -3,9 +3,10 @@
 import importlib
 import json
 
+import jax
 import pytest
 
-from minillm_jax import pipeline
+from minillm_jax import pipeline, trainer
 from minillm_jax.data.tokenizer import load_tokenizer
 from minillm_jax.models import hf
 from minillm_jax.reporting.panels import PANELS
@@ -65,12 +66,22 @@ def test_gptj_into_gpt2_by_minillm_on_the_answers_of_the_data(tmp_path, monkeypa
 def test_a_pair_by_minillm_where_no_real_data_is_at_hand(name, devices, tmp_path, monkeypatch):
     """With two devices parameters and batches are split over both."""
     monkeypatch.setenv("MINILLM_SHARED", str(tmp_path / "nothing"))
+    split, fit = [], trainer.fit
+
+    def observed(method, state, frozen, batches, *rest, put, **options):
+        for tree in (state.params, put(batches[0]), frozen):
+            leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+            split.append(any(not leaf.is_fully_replicated for leaf in leaves) or not leaves)
+        return fit(method, state, frozen, batches, *rest, put=put, **options)
+
+    monkeypatch.setattr(trainer, "fit", observed)
     settings = {"mesh__data": 1, "mesh__fsdp": devices, "distill__chunk": 2}
     summary = run(name, "", tmp_path / "run", monkeypatch, devices, **settings)
     assert list(summary["stages"]) == ["teacher_sft", "student_sft", "distill", "evaluate"]
     assert list(summary["models"]) == ["teacher", "start", "sft", "minillm"]
     assert len(rows(tmp_path / "run", "distill", "corpus_loss")) == 4
     assert len(list((tmp_path / "run").glob("corpus-*.npy"))) == 1
+    assert len(split) == 9 and (devices == 1 or all(split))  # three stages that train
 
 
 def test_opt_by_seqkd_where_no_real_data_is_at_hand(tmp_path, monkeypatch):

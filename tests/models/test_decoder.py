@@ -59,6 +59,23 @@ def test_the_logit_scale_multiplies_every_logit_read_at_once_or_through_the_cach
         np.testing.assert_allclose(found, 2.5 * plain, atol=ATOL, rtol=1e-5)
 
 
+def test_the_logit_scale_is_exact_in_bfloat16():
+    """1 / 0.6 is 1.664 as a bfloat16: a teacher at temperature 0.6 would be at 0.601."""
+    params, tokens, mask = params_of(LLAMA), tokens_of(8, 16), jnp.ones((8, 16), bool)
+
+    def read(config):
+        at_once = hidden_states(config, params, tokens, mask, dtype=jnp.bfloat16)
+        cache, weights = init_cache(config, 8, 16, jnp.bfloat16), unstack(config, params)
+        cached, _ = extend(config, weights, tokens, mask, cache, dtype=jnp.bfloat16)
+        assert at_once.dtype == cached.dtype == jnp.bfloat16
+        return [np.asarray(hidden, np.float64) for hidden in (at_once, cached)]
+
+    scaled = read(dataclasses.replace(LLAMA, logit_scale=1 / 0.6))
+    for plain, found in zip(read(LLAMA), scaled, strict=True):
+        np.testing.assert_allclose((found * plain).sum() / (plain**2).sum(), 1 / 0.6, rtol=3e-4)
+        np.testing.assert_allclose(found, plain / 0.6, rtol=2**-8)
+
+
 def test_tokens_in_the_padding_change_nothing(config):
     params, tokens = params_of(config), tokens_of(3, 7)
     mask = jnp.array([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0], [0] * 7], bool)

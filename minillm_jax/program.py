@@ -24,7 +24,8 @@ CACHE_BYTES = 4 * 2**30  # of programs that are kept; those not used for longest
 
 def run(main: Callable[[list[str]], None], known: flags.FlagValues) -> NoReturn:
     """Run `main` with the command line of this process, and exit."""
-    keep_programs()
+    if not _asks_for_help(sys.argv):
+        keep_programs()
     try:
         code = call(main, known, sys.argv)
     except Exception:
@@ -43,7 +44,7 @@ def call(main: Callable[[list[str]], None], known: flags.FlagValues, argv: Seque
     0: done. 2: bad input, said in one line on standard error. 130: interrupted by the user.
     """
     logging.set_verbosity(logging.WARNING)  # jax reports the backends that are not there
-    if {"--help", "-help", "-h"} & set(argv[1:]):
+    if _asks_for_help(argv):
         print(f"{sys.modules[main.__module__].__doc__}\n{known.get_help()}")
         return 0
     try:
@@ -68,6 +69,10 @@ def call(main: Callable[[list[str]], None], known: flags.FlagValues, argv: Seque
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return bool({"--help", "-help", "-h"} & set(argv[1:]))
 
 
 def keep_programs() -> None:

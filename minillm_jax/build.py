@@ -37,15 +37,15 @@ SECTIONS = {"teacher_sft": "teacher_sft", "student_sft": "sft", "distill": "dist
 class Builder:
     """Makes what the stages need, each thing once, when it is first asked for."""
 
-    def __init__(self, config: Any, workdir: Path = Path(".")):
+    def __init__(self, config: Any, workdir: Path = Path("."), devices: Any = None):
         """Take the config and look at the settings that can be judged without a model.
 
-        `workdir` is where models and texts made from scratch are kept.
+        `workdir` is for models and texts made from scratch; `devices` are, by default, all here.
         """
         self.config = config
         self.seed = int(config.seed)
         self.workdir = workdir
-        self.mesh = make_mesh(**config.mesh)
+        self.mesh = make_mesh(**config.mesh, devices=devices)
         self._made: dict[str, Any] = {}
         self._tuned_teacher: Path | None = None
         ways = self.ways
@@ -83,13 +83,14 @@ class Builder:
                 return scratch.model(spec, self.workdir / "scratch")
             return resolve(spec, **checked)
 
+    def _open(self, who: str) -> Stored:
+        tuned = self._tuned_teacher if who == "teacher" else None
+        return open_model(tuned or self._locate(who))
+
     @property
     def teacher_checkpoint(self) -> Stored:
         """The teacher on disk, its weights unread."""
-        return self._once(
-            "teacher_checkpoint",
-            lambda: open_model(self._tuned_teacher or self._locate("teacher")),
-        )
+        return self._once("teacher_checkpoint", lambda: self._open("teacher"))
 
     @property
     def teacher_config(self) -> DecoderConfig:
@@ -104,7 +105,7 @@ class Builder:
         def make():
             c = self.config.student
             own = c.fine_tuned or c.path
-            start = open_model(self._locate("student")) if own else self.teacher_checkpoint
+            start = self._open("student") if own else self.teacher_checkpoint
             return start.keep(c.keep_layers) if c.keep_layers and not c.fine_tuned else start
 
         return self._once("student_checkpoint", make)

@@ -28,8 +28,10 @@ SEARCH = flags.DEFINE_integer(
     "search", 0, "Compile up to so many other settings and rank them.", 0, flag_values=FLAGS
 )
 
-# So that the TPU compiler asks no metadata server for a machine, and says nothing of it.
+# So that the TPU compiler asks no metadata server for a machine, says nothing of it, and shares
+# this one with others: it locks a TPU, and here is none.
 _QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -74,7 +74,9 @@ class Counter:
                     collectives += bool(one.collective)
                     yield replace(one, times=times)
                 flops = self._flops_of(i)
-                yield Work(i.where, times, flops, 0.0 if collectives else self._traffic(i))
+                yield Work(
+                    i.where, times, flops, 0.0 if collectives else self._traffic(computation, i)
+                )
             elif i.op in ("call", "conditional", "async-start"):
                 for names in i.called.values():
                     for called in names:
@@ -176,7 +178,7 @@ class Counter:
 
     # Bytes.
 
-    def _traffic(self, i: Instruction) -> float:
+    def _traffic(self, outside: Mapping[str, Instruction], i: Instruction) -> float:
         """Bytes that a fusion reads and writes: of a sliced operand the slice alone."""
         if "AllocateBuffer" in i.attributes:
             return 0.0
@@ -187,7 +189,9 @@ class Counter:
         total = float(min(i.bytes, self._written(computation, _root(computation))))
         for parameter in computation.values():
             if parameter.op == "parameter":
-                total += self._read(computation, parameter)
+                given = outside.get(i.operands[int(parameter.arguments)])
+                if given is None or given.bytes:  # not in the memory of the core
+                    total += self._read(computation, parameter)
         return total
 
     def _read(self, computation: Mapping[str, Instruction], value: Instruction) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from minillm_jax.planning import counting
-from minillm_jax.planning.programs import Program
+from minillm_jax.planning.programs import Layers, Program
 from minillm_jax.planning.targets import BUSY, Target, busy
 from minillm_jax.types import InputError
 
@@ -69,42 +69,70 @@ def measure(program: Program, target: Target) -> Figures:
     Raises:
         InputError: the TPU compiler is in use.
     """
-    layers, few = program.layers, FEW
-    extrapolated = bool(layers) and max(layers or ()) > few[1]
-    if not extrapolated or layers is None:
-        total, assumed = _counted(program, target, None)
+    layers = program.layers
+    fixed = sum(program.parts.values()) + program.held
+    if fixed > target.chip.memory:  # that needs no compiler
+        return _too_large(program, fixed, len(target.devices))
+    extrapolated = bool(layers) and max(layers or ()) > FEW[1]
+    if extrapolated and layers:
+        total, assumed = _extrapolated(program, target, layers)
     else:
-        low, assumed = _counted(program, target, (few[0], few[0]))
-        total = dict(low)
-        for place, more in enumerate(((few[1], few[0]), (few[0], few[1]))):
-            high, _ = _counted(program, target, more)
-            slope = (layers[place] - few[0]) / (few[1] - few[0])
-            for name in low.keys() | high.keys():
-                rise = high.get(name, 0.0) - low.get(name, 0.0)
-                total[name] = total.get(name, 0.0) + slope * rise
-    parts, devices = program.parts, len(target.devices)
-    known = "flops" in total
+        total, assumed = _counted(program, target, None)
     # Arguments are known exactly, whatever was compiled.
-    peak = sum(parts.values()) + program.held + total.get("work_space", 0.0) + total["cache"]
-    peak = peak if known else total["needs"] + program.held
+    peak = fixed + total.get("work_space", 0.0) + total["cache"]
+    peak = peak if "flops" in total else total["needs"] + program.held
     collectives = {k: v for k, v in total.items() if k in counting.COLLECTIVES and v > 0}
     return Figures(
         name=program.name,
-        parts=parts,
+        parts=program.parts,
         held=program.held,
         cache=total["cache"],
-        work_space=total.get("work_space", peak - sum(parts.values()) - program.held),
+        work_space=total.get("work_space", peak - fixed),
         flops=total.get("flops", math.nan),
         collectives=collectives,
         compute_seconds=total.get("compute", math.nan),
         network_seconds=total.get("network", math.nan),
-        needed=program.needed / devices,
+        needed=program.needed / len(target.devices),
         times=program.times,
         fits=peak <= target.chip.memory,
         peak=peak,
         extrapolated=extrapolated,
         assumed=assumed,
     )
+
+
+def _too_large(program: Program, fixed: float, devices: int) -> Figures:
+    return Figures(
+        name=program.name,
+        parts=program.parts,
+        held=program.held,
+        cache=math.nan,
+        work_space=math.nan,
+        flops=math.nan,
+        collectives={},
+        compute_seconds=math.nan,
+        network_seconds=math.nan,
+        needed=program.needed / devices,
+        times=program.times,
+        fits=False,
+        peak=fixed,
+        extrapolated=False,
+        assumed=(),
+    )
+
+
+def _extrapolated(program: Program, target: Target, layers: Layers) -> tuple[dict, tuple]:
+    low, assumed = _counted(program, target, (FEW[0], FEW[0]))
+    total = dict(low)
+    for place, more in enumerate(((FEW[1], FEW[0]), (FEW[0], FEW[1]))):
+        high = low if "needs" in low else _counted(program, target, more)[0]
+        if "needs" in high:  # too large already
+            return high, assumed
+        slope = (layers[place] - FEW[0]) / (FEW[1] - FEW[0])
+        for name in low.keys() | high.keys():
+            rise = high.get(name, 0.0) - low.get(name, 0.0)
+            total[name] = total.get(name, 0.0) + slope * rise
+    return total, assumed
 
 
 def _counted(program: Program, target: Target, layers: Any) -> tuple[dict[str, float], tuple]:
@@ -114,6 +142,7 @@ def _counted(program: Program, target: Target, layers: Any) -> tuple[dict[str, f
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        # Of fewer layers it is a lower bound.
         return {"needs": _asked(str(error), program), "cache": 0.0}, ()
     found = counting.counter(compiled.as_text(), len(target.devices))
     total: dict[str, float] = defaultdict(float)

@@ -89,7 +89,7 @@ def rows(plan: Plan) -> list[tuple[str, list[str]]]:
         line("held meanwhile, GiB", lambda f: gib(f.held)),
         line("cache, GiB", lambda f: gib(f.cache)),
         line("activations and code, GiB", lambda f: gib(f.work_space)),
-        line(f"peak of {memory} GiB", lambda f: gib(f.peak) + ("" if f.fits else " does not fit")),
+        line(f"peak of {memory} GiB", _peak),
         line("matrix products, TFLOP", lambda f: number(f.flops / 1e12)),
         line("collectives, GB", _collectives),
         line("arithmetic and memory, s", lambda f: number(f.compute_seconds)),
@@ -99,6 +99,11 @@ def rows(plan: Plan) -> list[tuple[str, list[str]]]:
         line("seconds, all overlapped", lambda f: number(f.best)),
         line("MFU, no overlap", lambda f: percent(f.utilisation(plan.target))),
     ]
+
+
+def _peak(f: Figures) -> str:
+    least = "over " if math.isnan(f.work_space) else ""
+    return f"{least}{gib(f.peak)}" + ("" if f.fits else " does not fit")
 
 
 def _collectives(f: Figures) -> str:

@@ -90,8 +90,8 @@ def _compile_only(topology: str, name: str, shape: tuple[int, ...]) -> tuple[Any
 
 
 BUSY = (
-    "another process uses the TPU compiler, and one at a time may: wait for it to end (or, if none "
-    "is left, remove /tmp/libtpu_lockfile) and start again"
+    "another process uses the TPU compiler and does not share it: wait for it to end, or set "
+    "ALLOW_MULTIPLE_LIBTPU_LOAD=1 (or, if no such process is left, remove /tmp/libtpu_lockfile)"
 )
 
 

@@ -1,6 +1,7 @@
 """Operations, bytes and collectives of compiled programs against counts by hand."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from minillm_jax.planning.counting import counter
 LAYERS, ROWS, WIDTH = 7, 8, 16
 
 
-def compiled(function, *arguments):
+def compiled(function, *arguments) -> Any:
     return jax.jit(function).lower(*arguments).compile()
 
 
@@ -152,7 +153,7 @@ def test_a_product_written_as_a_dilated_convolution_counts_no_holes():
 
 def test_a_plain_convolution_counts_no_padding():
     x, kernel = jnp.ones((1, 3, 10)), jnp.ones((5, 3, 4))
-    program = compiled(lambda x, k: jax.lax.conv(x, k, (1,), [(1, 1)]), x, kernel)
+    program = compiled(lambda x, k: jax.lax.conv_general_dilated(x, k, (1,), [(1, 1)]), x, kernel)
     text = program.as_text()
     if not re.search(r" convolution\(", text):  # the CPU's compiler may choose otherwise
         text = """

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import pytest
@@ -65,7 +66,7 @@ def test_every_program_of_the_experiment_is_in_the_plan(planned):
 
 def test_bytes_are_those_of_one_device(planned):
     config, plan = planned
-    build = Shapes(config, None, target("h100:4").devices)
+    build = Shapes(config, Path("."), target("h100:4").devices)
     whole = sum(x.size for x in jax.tree.leaves(build.abstract_state(
         build.student_checkpoint.config, "distill").params)) * 4  # fmt: skip
     update, collect = only(plan, "distill update"), only(plan, "collect")
@@ -249,7 +250,8 @@ def test_a_folder_needs_no_weights_and_an_unknown_model_is_one_line(tmp_path, mo
         **HF_CONFIG, "hidden_size": 32, "num_hidden_layers": 2
     }  # fmt: skip
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert fetch.config("facebook/opt-13b")["ffn_dim"] == 20480
+    published = fetch.config("facebook/opt-13b")
+    assert isinstance(published, dict) and published["ffn_dim"] == 20480
     with pytest.raises(InputError, match="out of reach.*config.json alone will do") as error:
         fetch.config("no/such-model")
     assert "\n" not in str(error.value)

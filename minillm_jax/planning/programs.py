@@ -83,10 +83,16 @@ def _with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
     return replace(config, layers=layers, windows=windows)
 
 
-def _params(build: Shapes, config: DecoderConfig, dtype: str = "float32") -> Any:
+def _params(build: Shapes, config: DecoderConfig, dtype: str = "float32", fsdp: bool = True) -> Any:
     shapes = abstract_params(config, np.dtype(dtype))
-    places = build.places(config)
+    places = build.places(config, fsdp)
     return jax.tree.map(lambda x, where: _array(x.shape, x.dtype, where), shapes, places)
+
+
+def _teacher(build: Shapes, config: DecoderConfig | None = None) -> Any:
+    """The parameters that the teacher is read with."""
+    c = build.config.teacher
+    return _params(build, config or build.teacher_config, c.dtype, c.fsdp)
 
 
 def _array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
@@ -177,7 +183,7 @@ def _kd(build: Shapes) -> Program:
     student, teacher = build.student_checkpoint.config, build.teacher_config
     rows, answers = build.config.distill.batch_size, _answers(build)
     state, batch = build.abstract_state(student, "distill"), _sequences(build, rows, answers)
-    frozen = _params(build, teacher, build.config.teacher.dtype)
+    frozen = _teacher(build)
     method = build.kd()
     tokens = build.config.data.max_prompt + answers
     own = 3 * (_forward(student, rows, tokens) + _head(student, rows * answers))
@@ -195,7 +201,7 @@ def _minillm(build: Shapes) -> Program:
     c, data = build.config.distill, build.config.data
     rows, tokens = c.batch_size, data.max_prompt + data.max_response
     state = build.abstract_state(student, "distill")
-    frozen = _params(build, teacher, build.config.teacher.dtype)
+    frozen = _teacher(build)
     batch: Any = _rollout(build, rows)
     written = rows * data.max_response
     needed = 3 * (_forward(student, rows, tokens) + _head(student, written))
@@ -220,18 +226,18 @@ def _collect(build: Shapes) -> Program:
     student, teacher = build.student_checkpoint.config, build.teacher_config
     c, data = build.config.distill, build.config.data
     rows = min(c.collect_batch or c.rollouts, c.rollouts)
-    mixing, dtype = build.mixing(), build.config.teacher.dtype
+    mixing = build.mixing()
     prompts = _sequences(build, rows, 1)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def lower(layers: Layers | None) -> Any:
         few = layers or (student.layers, teacher.layers)
         q, p = _with_layers(student, few[0]), _with_layers(teacher, few[1])
-        models = (q, p, _params(build, q), _params(build, p, dtype))
+        models = (q, p, _params(build, q), _teacher(build, p))
         return _lowered(build, collect, (*models, prompts.prompt, prompts.prompt_mask, key, mixing))
 
     state = build.abstract_state(student, "distill")
-    parts = _parts(state, _params(build, teacher, dtype), _sequences(build, rows, 1))
+    parts = _parts(state, _teacher(build), _sequences(build, rows, 1))
     optimizer = parts.pop("optimizer")
     written, slots = bytes_of(_rollout(build, c.rollouts)), data.max_prompt + mixing.slots
     done = written * (1 - rows / c.rollouts)

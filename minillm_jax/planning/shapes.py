@@ -51,9 +51,9 @@ class Shapes(Builder):
         _, model = read_config(found, Path(spec))
         return Stored(model, found, Path(spec), tuple(range(model.layers)), {})
 
-    def places(self, model: DecoderConfig) -> Any:
+    def places(self, model: DecoderConfig, fsdp: bool) -> Any:
         """The sharding of every parameter."""
-        return self._shardings(model)
+        return self._shardings(model, fsdp)
 
     @property
     def tokenizer(self) -> Any:

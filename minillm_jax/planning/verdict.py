@@ -1,6 +1,7 @@
 """The plan of an experiment on a machine: whether it fits, its time, its cost, what would help."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +138,11 @@ def plan(
         InputError: settings that do not fit the machine, or a model that is not known.
     """
     build, notes = builder(config, workdir, target)
-    figures = tuple(
-        measured(program, target) for program in programs(build) if program.name in only or not only
-    )
+    figures = []
+    for program in programs(build):
+        if program.name in only or not only:
+            print(f"compiling {program.name} for {target.name}", file=sys.stderr, flush=True)
+            figures.append(measured(program, target))
     section = "sft" if build.outline.method == "sft" else "distill"
     schedule = build.schedule(section)
     for who, model in (
@@ -168,7 +171,7 @@ def plan(
         target=target,
         mesh=dict(build.mesh.shape),
         settings=settings(build),
-        figures=figures,
+        figures=tuple(figures),
         notes=tuple(notes),
         updates=schedule.steps,
         updates_per_rollout=schedule.updates_per_round if schedule.rollouts else 0,

@@ -19,6 +19,17 @@ from minillm_jax.types import InputError
 
 PIP = 'pip install "minillm_jax[plan]" (or libtpu alone, in the version that jax[tpu] asks for)'
 
+# So that the TPU compiler asks no metadata server for a machine, says nothing of it, and shares
+# this one with others: it locks a TPU, and here is none.
+_ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -73,6 +84,8 @@ def target(topology: str) -> Target:
 def _compile_only(topology: str, name: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
+    for key, value in _ALONE.items():
+        os.environ.setdefault(key, value)
     options: dict[str, Any] = {}
     if set(shape) == {1}:
         options["chips_per_host_bounds"] = (1, 1, 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from minillm_jax.planning.hlo import Instruction, parse
+from minillm_jax.planning.hlo import Instruction, group, parse
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -152,7 +152,7 @@ class Counter:
         sizes = [shape.bytes for shape in i.shapes]
         # A start carries its operands along: all but them is the result.
         made = max(sizes, default=0) if i.op.endswith("-start") else sum(sizes)
-        return Work(i.where, 1.0, 0.0, 0.0, kind, max(given, made), _group(i, self.devices))
+        return Work(i.where, 1.0, 0.0, 0.0, kind, max(given, made), group(i, self.devices))
 
     # Operations.
 
@@ -211,11 +211,13 @@ class Counter:
         if user.op in ("dynamic-update-slice", "scatter") and place == 0:
             return 0.0
         if user.op == "bitcast":
-            return self._read(computation, user) if user.bytes else float(value.bytes)
+            return float(value.bytes) if user.root else self._read(computation, user)
         if user.op == "fusion" and "calls" in user.called:
             inner = self.computations[user.called["calls"][0]]
             for parameter in inner.values():
                 if parameter.op == "parameter" and parameter.arguments == str(place):
+                    if _unchanged(inner, parameter):  # what comes out is read by others
+                        return float(value.bytes) if user.root else self._read(computation, user)
                     return self._read(inner, parameter)
         return float(value.bytes)
 
@@ -254,6 +256,14 @@ def _root(computation: Mapping[str, Instruction]) -> Instruction:
     return next(i for i in computation.values() if i.root)
 
 
+def _unchanged(computation: Mapping[str, Instruction], parameter: Instruction) -> bool:
+    """Whether a computation gives back this parameter under another shape."""
+    value = _root(computation)
+    while value.op == "bitcast" and value.operands[0] in computation:
+        value = computation[value.operands[0]]
+    return value is parameter
+
+
 def _element(computation: Mapping[str, Instruction], name: str, place: int) -> str:
     value = computation.get(name)
     return value.operands[place] if value and value.op == "tuple" else ""
@@ -266,22 +276,6 @@ def _number(computation: Mapping[str, Instruction], name: str) -> int | None:
     if value is not None and value.op == "constant" and re.fullmatch(r"-?\d+", value.arguments):
         return int(value.arguments)
     return None
-
-
-def _group(i: Instruction, devices: int) -> int:
-    """Devices that one collective spans."""
-    if i.op.startswith("collective-permute"):
-        return 2
-    groups = re.search(r"replica_groups=(.*)", i.attributes)
-    text = groups[1] if groups else ""
-    if found := re.match(r"mesh\[(.*?)\]\s*\{(.*?)\}", text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", found[2]))
-    if found := re.match(r"\[(\d+),(\d+)\]", text):
-        return int(found[2])
-    if found := re.match(r"\{\{([\d,]+)\}", text):
-        return len(found[1].split(","))
-    return devices
 
 
 def _convolution(i: Instruction, left: Sequence[int], right: Sequence[int]) -> float:

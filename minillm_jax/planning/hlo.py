@@ -111,3 +111,19 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return place
     raise ValueError(f"no end of {text[start : start + 40]!r}")
+
+
+def group(i: Instruction, devices: int) -> int:
+    """Devices that one collective spans."""
+    if i.op.startswith("collective-permute"):
+        return 2
+    groups = re.search(r"replica_groups=(.*)", i.attributes)
+    text = groups[1] if groups else ""
+    if found := re.match(r"mesh\[(.*?)\]\s*\{(.*?)\}", text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", found[2]))
+    if found := re.match(r"\[(\d+),(\d+)\]", text):
+        return int(found[2])
+    if found := re.match(r"\{\{([\d,]+)\}", text):
+        return len(found[1].split(","))
+    return devices

@@ -173,3 +173,40 @@ def test_what_lies_in_the_memory_of_the_core_is_not_read_from_that_of_the_chip()
     (far,) = counter(text.replace("S(1)", "")).work()
     assert near.bytes == 64 * 512 * 512 * 4 + 64 * 512 * 128 * 2
     assert far.bytes == near.bytes + 64 * 512 * 128 * 2
+
+
+def test_a_weight_is_read_through_a_change_of_shape_and_of_a_stack_a_slice_alone():
+    """As the TPU compiler nests them: the product's operands are fusions of their own."""
+    text = """
+%shape (i: bf16[64,32]) -> bf16[64,32] {
+  %i = bf16[64,32]{1,0} parameter(0)
+  ROOT %b = bf16[64,32]{1,0} bitcast(%i)
+}
+
+%layer (s: bf16[9,16,64], n: s32[]) -> bf16[16,64] {
+  %s = bf16[9,16,64]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %d = bf16[1,16,64]{2,1,0} dynamic-slice(%s, %n, %zero, %zero), dynamic_slice_sizes={1,16,64}
+  ROOT %c = bf16[16,64]{1,0} bitcast(%d)
+}
+
+%product (p.0: bf16[9,16,64], p.1: bf16[64,32], p.2: s32[]) -> f32[16,32] {
+  %p.0 = bf16[9,16,64]{2,1,0} parameter(0)
+  %p.1 = bf16[64,32]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %x = bf16[16,64]{1,0} fusion(%p.0, %p.2), kind=kLoop, calls=%layer
+  %w = bf16[64,32]{1,0} fusion(%p.1), kind=kLoop, calls=%shape
+  ROOT %y = f32[16,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (a: bf16[9,16,64], b: bf16[64,32], n: s32[]) -> f32[16,32] {
+  %a = bf16[9,16,64]{2,1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %f = f32[16,32]{1,0} fusion(%a, %b, %n), kind=kOutput, calls=%product
+}
+"""
+    (one,) = counter(text).work()
+    assert one.flops == 2 * 16 * 64 * 32
+    assert one.bytes == 16 * 64 * 2 + 64 * 32 * 2 + 16 * 32 * 4

@@ -15,7 +15,7 @@ import optax
 
 from minillm_jax import hosts, recipe, scratch
 from minillm_jax.axes import AXIS_RULES, TENSOR_RULES
-from minillm_jax.check import check, check_slots
+from minillm_jax.check import check, check_ids, check_slots
 from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from minillm_jax.dataset import SPLITS, Data
 from minillm_jax.methods import Method, kd, minillm, sft
@@ -29,7 +29,6 @@ from minillm_jax.rollout import Mixing, Warp
 from minillm_jax.sharding import make_mesh, tree_shardings
 from minillm_jax.train_state import TrainState, abstract_state, state_shardings
 from minillm_jax.trainer import Schedule
-from minillm_jax.types import InputError
 
 SECTIONS = {"teacher_sft": "teacher_sft", "student_sft": "sft", "distill": "distill"}  # of stages
 
@@ -37,15 +36,15 @@ SECTIONS = {"teacher_sft": "teacher_sft", "student_sft": "sft", "distill": "dist
 class Builder:
     """Makes what the stages need, each thing once, when it is first asked for."""
 
-    def __init__(self, config: Any, workdir: Path = Path(".")):
+    def __init__(self, config: Any, workdir: Path = Path("."), devices: Any = None):
         """Take the config and look at the settings that can be judged without a model.
 
-        `workdir` is where models and texts made from scratch are kept.
+        `workdir` is for models and texts made from scratch; `devices` are, by default, all here.
         """
         self.config = config
         self.seed = int(config.seed)
         self.workdir = workdir
-        self.mesh = make_mesh(**config.mesh)
+        self.mesh = make_mesh(**config.mesh, devices=devices)
         self._made: dict[str, Any] = {}
         self._tuned_teacher: Path | None = None
         check(config, self.ways)
@@ -56,9 +55,7 @@ class Builder:
                 recipe.judge(name, self.section(name), self.ways)
 
     def _once(self, name: str, make: Any) -> Any:
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+        return self._made[name] if name in self._made else self._made.setdefault(name, make())
 
     @property
     def ways(self) -> int:
@@ -84,16 +81,20 @@ class Builder:
 
     def open(self, path: Path) -> Stored:
         """Look at a model, which will be read with `config.attention`."""
-        stored = open_model(path)
+        return self._read_with_kernel(open_model(path))
+
+    def _read_with_kernel(self, stored: Stored) -> Stored:
         model = dataclasses.replace(stored.config, attention=self.config.attention)
         return dataclasses.replace(stored, config=model)
+
+    def _open(self, who: str) -> Stored:
+        tuned = self._tuned_teacher if who == "teacher" else None
+        return self.open(tuned or self._locate(who))
 
     @property
     def teacher_checkpoint(self) -> Stored:
         """The teacher on disk, its weights unread."""
-        return self._once(
-            "teacher_checkpoint", lambda: self.open(self._tuned_teacher or self._locate("teacher"))
-        )
+        return self._once("teacher_checkpoint", lambda: self._open("teacher"))
 
     @property
     def teacher_config(self) -> DecoderConfig:
@@ -108,7 +109,7 @@ class Builder:
         def make():
             c = self.config.student
             own = c.fine_tuned or c.path
-            start = self.open(self._locate("student")) if own else self.teacher_checkpoint
+            start = self._open("student") if own else self.teacher_checkpoint
             return start.keep(c.keep_layers) if c.keep_layers and not c.fine_tuned else start
 
         return self._once("student_checkpoint", make)
@@ -187,11 +188,7 @@ class Builder:
         for who, checkpoint in checkpoints.items():
             model = checkpoint.config
             check_slots(self.config, who, model.max_positions)
-            if largest >= model.vocab_size:
-                raise InputError(
-                    f"the tokenizer makes the id {largest}, the {who} has {model.vocab_size} ids: "
-                    f"{checkpoint.path} and its tokenizer do not belong together"
-                )
+            check_ids(who, checkpoint.path, model.vocab_size, largest)
         for stage, name in SECTIONS.items():
             if stage in stages:  # with the updates that its epochs are
                 exact = {"steps": self.schedule(name).steps, "epochs": 0.0}

@@ -120,6 +120,15 @@ def check_slots(config: Any, who: str, positions: int) -> None:
         )
 
 
+def check_ids(who: str, path: Any, ids: int, largest: int) -> None:
+    """Refuse a tokenizer that makes the id `largest`, of a model with so many `ids`."""
+    if largest >= ids:
+        raise InputError(
+            f"the tokenizer makes the id {largest}, the {who} has {ids} ids: {path} and its "
+            "tokenizer do not belong together"
+        )
+
+
 def _setting(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = config[part]

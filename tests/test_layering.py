@@ -19,7 +19,7 @@ LAYERS = (
     {"methods", "evaluation"},
     {
         "pipeline", "stages", "build", "dataset", "recipe", "scratch", "check", "geometry",
-        "trainer", "checkpoint", "modelfiles", "named",
+        "trainer", "checkpoint", "modelfiles", "named", "planning",
     },
     {"main", "plan", "generate", "export", "program"},
 )  # fmt: skip
@@ -71,7 +71,12 @@ def _layering(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def _imports(path: str, tree: ast.Module) -> Iterator[str]:
-    config_readers = ("configs/", "minillm_jax/build.py", "minillm_jax/main.py")
+    config_readers = (
+        "configs/",
+        "minillm_jax/build.py",
+        "minillm_jax/main.py",
+        "minillm_jax/plan.py",
+    )
     allowed = {
         "flax.linen": ("minillm_jax/models/",),
         "ml_collections": config_readers,

@@ -13,8 +13,10 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from minillm_jax.models import hub
+from minillm_jax.models.shards import read_json
 from minillm_jax.types import InputError
 
 _OTHERWISE = "or give a local GGUF file or HF folder with --config.teacher.path"
@@ -28,6 +30,29 @@ def is_remote(spec: str) -> bool:
     if spec.startswith(("pip:", "hf:")):
         return True
     return "/" in spec and bool(hub.ID.fullmatch(spec)) and not Path(spec).exists()
+
+
+def config(spec: str) -> dict[str, Any] | Path:
+    """Return the `config.json` of a model, or a GGUF that has one; no weights are fetched.
+
+    `spec` is as for `resolve`. Of a folder nothing but its `config.json` is needed.
+    """
+    if spec.startswith("pip:"):
+        held = _kept(spec.removeprefix("pip:").strip())
+        if held.is_file():
+            return held
+        raise InputError(f"{spec} is not here yet: run the experiment once, {_OTHERWISE}")
+    if is_remote(spec):
+        return hub.config(spec.removeprefix("hf:"))
+    path = resolve(spec)
+    return path if path.is_file() else read_json(path / "config.json")
+
+
+def _kept(requirement: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where the model of a wheel is kept."""
+    default = os.environ.get("MINILLM_CACHE") or "~/.cache/minillm_jax"
+    cache = Path(cache_dir or default).expanduser()
+    return cache / f"{requirement.replace('==', '-')}.gguf"
 
 
 def resolve(spec: str, sha256: str = "", cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -58,9 +83,8 @@ def resolve(spec: str, sha256: str = "", cache_dir: str | os.PathLike[str] | Non
     requirement = spec.removeprefix("pip:").strip()
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", requirement):
         raise InputError(f"model {spec!r} is not of the form pip:NAME==VERSION; correct it")
-    default = os.environ.get("MINILLM_CACHE") or "~/.cache/minillm_jax"
-    cache = Path(cache_dir or default).expanduser()
-    target = cache / f"{requirement.replace('==', '-')}.gguf"
+    target = _kept(requirement, cache_dir)
+    cache = target.parent
     if target.is_file() and sha256 in ("", _digest(target)):
         return target
     try:

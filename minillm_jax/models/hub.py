@@ -5,13 +5,17 @@ or as pickles of torch where the repository has no others. No code of a reposito
 """
 
 import errno
+import json
 import re
 import shutil
 import sys
 from collections.abc import Collection, Mapping
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from minillm_jax.models import torchfiles
+from minillm_jax.models.shards import read_json
 from minillm_jax.types import InputError
 
 ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?")
@@ -63,6 +67,31 @@ def fetch(spec: str) -> Path:
         raise
     except Exception as error:  # whatever comes out of a network; its text may hold a token
         raise InputError(_explain(spec, error, errors)) from error
+
+
+def config(spec: str) -> dict[str, Any]:
+    """Return the `config.json` of `OWNER/NAME[@REVISION]`, and fetch nothing else.
+
+    From the Hub's cache; else as published, where it is one of the models known here; else from
+    the Hub. Raises `InputError` as `fetch` does.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = spec.partition("@")
+    where = {"repo_id": repository, "filename": "config.json", "revision": revision or None}
+    try:
+        return read_json(Path(huggingface_hub.hf_hub_download(**where, local_files_only=True)))
+    except errors.LocalEntryNotFoundError:
+        pass
+    known = json.loads(files("minillm_jax").joinpath("models/published.json").read_text("utf-8"))
+    if repository in known and not revision:
+        return known[repository]
+    try:
+        return read_json(Path(huggingface_hub.hf_hub_download(**where)))
+    except Exception as error:  # whatever comes out of a network; its text may hold a token
+        reason = _explain(spec, error, errors)
+        raise InputError(f"{reason}; a folder with its config.json alone will do here") from error
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:

@@ -1,0 +1,282 @@
+"""What an experiment compiles, described without an array: shapes, shardings and assumptions.
+
+The programs are those that training runs: `collect` of MiniLLM, and `update` of every stage that
+trains. `Program.lower` gives one with the layers of the models, or with fewer, which is how a
+program that unrolls its layers is compiled in a minute.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minillm_jax.build import SECTIONS
+from minillm_jax.models import DecoderConfig, abstract_params
+from minillm_jax.planning.shapes import Shapes
+from minillm_jax.rollout.mixed import Mixing, Rollout, collect
+from minillm_jax.sharding import batch_sharding, replicated
+from minillm_jax.types import Sequences
+
+Layers = tuple[int, int]  # of the student and of the teacher
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a run, per device in bytes and over all devices in operations."""
+
+    name: str
+    lower: Callable[[Layers | None], Any]
+    parts: dict[str, float]  # of its arguments: parameters, teacher, optimizer, batch
+    held: float  # on the devices meanwhile without being an argument
+    needed: float  # operations of the method's own products, nothing computed twice
+    times: int = 1  # runs per rollout or per update
+    layers: Layers | None = None  # where it unrolls them
+    slots: frozenset[tuple[int, int]] = frozenset()  # (slots, head) of the two caches
+    trips: Callable[[str, int], float] | None = field(default=None, compare=False)
+
+
+def bytes_of(tree: Any) -> float:
+    """Bytes of a tree of arrays with shardings on one device."""
+
+    def size(leaf):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+    return float(sum(size(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def programs(build: Shapes) -> list[Program]:
+    """The programs of the stages that train, in order."""
+    outline = build.outline
+    found = []
+    if outline.tunes_teacher and not outline.fine_tuned_teacher:
+        found.append(_sft(build, "teacher_sft", build.teacher_checkpoint.config))
+    if outline.method in ("minillm", "sft") and not outline.fine_tuned_student:
+        found.append(_sft(build, "student_sft", build.student_checkpoint.config))
+    if outline.method == "minillm":
+        found += [_collect(build), _minillm(build)]
+    elif outline.method != "sft":
+        blended = outline.method == "kd" or build.config.distill.kd_ratio > 0
+        student = build.student_checkpoint.config
+        found.append(_kd(build) if blended else _sft(build, "distill", student))
+    return found
+
+
+def mean_run(alpha: float, chunk: int) -> float:
+    """Expected tokens between two turns of the teacher.
+
+    A run ends with the coin of the next token, of probability `alpha`, or after `chunk` tokens:
+    E[min(Geometric(alpha), chunk)] = (1 - (1 - alpha)^chunk) / alpha.
+    """
+    return (1 - (1 - alpha) ** chunk) / alpha if alpha > 0 else float(chunk)
+
+
+# Shapes.
+
+
+def _with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
+    windows = config.windows and config.windows[:layers]
+    return replace(config, layers=layers, windows=windows)
+
+
+def _params(build: Shapes, config: DecoderConfig, dtype: str = "float32", fsdp: bool = True) -> Any:
+    shapes = abstract_params(config, np.dtype(dtype))
+    places = build.places(config, fsdp)
+    return jax.tree.map(lambda x, where: _array(x.shape, x.dtype, where), shapes, places)
+
+
+def _teacher(build: Shapes, config: DecoderConfig | None = None) -> Any:
+    """The parameters that the teacher is read with."""
+    c = build.config.teacher
+    return _params(build, config or build.teacher_config, c.dtype, c.fsdp)
+
+
+def _array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _rows(build: Shapes, rows: int) -> Any:
+    """How the rows of a batch lie."""
+    return batch_sharding(build.mesh) if rows % build.ways == 0 else replicated(build.mesh)
+
+
+def _sequences(build: Shapes, rows: int, answers: int) -> Sequences:
+    prompts, where = build.config.data.max_prompt, _rows(build, rows)
+    return Sequences(
+        prompt=_array((rows, prompts), jnp.int32, where),
+        prompt_mask=_array((rows, prompts), bool, where),
+        response=_array((rows, answers), jnp.int32, where),
+        response_mask=_array((rows, answers), bool, where),
+    )
+
+
+def _rollout(build: Shapes, rows: int) -> Rollout:
+    slots, where = build.config.data.max_response, _rows(build, rows)
+    given = _sequences(build, rows, slots)
+    teacher, dtype = build.teacher_config, np.dtype(build.config.teacher.dtype)
+    return Rollout(
+        **{name: getattr(given, name) for name in given.__dataclass_fields__},
+        **{n: _array((rows, slots), jnp.float32, where) for n in ("log_q", "log_p", "log_mix")},
+        teacher_hidden=_array((rows, slots, teacher.embed_width), dtype, where),
+    )
+
+
+# Operations that the method needs.
+
+
+def _forward(config: DecoderConfig, rows: int, tokens: int) -> float:
+    """Operations of the layers on rows of so many tokens; each token sees half of the others."""
+    layers = sum(
+        leaf.size for leaf in jax.tree.leaves(abstract_params(config)["layers"]) if leaf.ndim > 2
+    )
+    attention = 2.0 * config.layers * config.heads * config.head_dim * tokens
+    return rows * tokens * (2.0 * layers + attention)
+
+
+def _head(config: DecoderConfig, tokens: int) -> float:
+    return 2.0 * tokens * config.vocab_size * config.embed_width
+
+
+# The programs.
+
+
+def _lowered(build: Shapes, function: Any, arguments: tuple) -> Any:
+    with jax.set_mesh(build.mesh):  # as in training; nothing may be computed under it here
+        return function.lower(*arguments)
+
+
+def _answers(build: Shapes) -> int:
+    """Slots of given answers: those of the data may be longer than sampled ones get."""
+    data = build.config.data
+    return max(data.max_response, data.max_answer)
+
+
+def _sft(build: Shapes, name: str, model: DecoderConfig) -> Program:
+    section = SECTIONS[name]
+    rows, answers = build.section(section)["batch_size"], _answers(build)
+    state, batch = build.abstract_state(model, section), _sequences(build, rows, answers)
+    method = build.sft(model, section)
+    tokens = build.config.data.max_prompt + answers
+    return Program(
+        f"{name} update",
+        lambda layers: _lowered(build, method.update, (state, None, batch)),
+        _parts(state, None, batch),
+        held=0.0,
+        needed=3 * (_forward(model, rows, tokens) + _head(model, rows * answers)),
+    )
+
+
+def _parts(state: Any, teacher: Any, batch: Any) -> dict[str, float]:
+    return {
+        "parameters": bytes_of(state.params),
+        "teacher": bytes_of(teacher),
+        "optimizer": bytes_of(state.opt_state),
+        "batch": bytes_of(batch),
+    }
+
+
+def _kd(build: Shapes) -> Program:
+    student, teacher = build.student_checkpoint.config, build.teacher_config
+    rows, answers = build.config.distill.batch_size, _answers(build)
+    state, batch = build.abstract_state(student, "distill"), _sequences(build, rows, answers)
+    frozen = _teacher(build)
+    method = build.kd()
+    tokens = build.config.data.max_prompt + answers
+    own = 3 * (_forward(student, rows, tokens) + _head(student, rows * answers))
+    return Program(
+        "distill update",
+        lambda layers: _lowered(build, method.update, (state, frozen, batch)),
+        _parts(state, frozen, batch),
+        held=0.0,
+        needed=own + _forward(teacher, rows, tokens) + _head(teacher, rows * answers),
+    )
+
+
+def _minillm(build: Shapes) -> Program:
+    student, teacher = build.student_checkpoint.config, build.teacher_config
+    c, data = build.config.distill, build.config.data
+    rows, tokens = c.batch_size, data.max_prompt + data.max_response
+    state = build.abstract_state(student, "distill")
+    frozen = _teacher(build)
+    batch: Any = _rollout(build, rows)
+    written = rows * data.max_response
+    needed = 3 * (_forward(student, rows, tokens) + _head(student, written))
+    needed += _head(teacher, written)
+    corpus = build.config.corpus
+    if corpus.files and corpus.coefficient:
+        batch = batch, _array((rows, tokens), jnp.int32, _rows(build, rows))
+        needed += 3 * (_forward(student, rows, tokens) + _head(student, rows * tokens))
+        if corpus.kd_ratio:
+            needed += _forward(teacher, rows, tokens) + _head(teacher, rows * tokens)
+    method = build.minillm()
+    return Program(
+        "distill update",
+        lambda layers: _lowered(build, method.update, (state, frozen, batch)),
+        _parts(state, frozen, batch),
+        held=bytes_of(_rollout(build, c.rollouts)),
+        needed=needed,
+    )
+
+
+def _collect(build: Shapes) -> Program:
+    student, teacher = build.student_checkpoint.config, build.teacher_config
+    c, data = build.config.distill, build.config.data
+    rows = min(c.collect_batch or c.rollouts, c.rollouts)
+    mixing = build.mixing()
+    prompts = _sequences(build, rows, 1)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def lower(layers: Layers | None) -> Any:
+        few = layers or (student.layers, teacher.layers)
+        q, p = _with_layers(student, few[0]), _with_layers(teacher, few[1])
+        models = (q, p, _params(build, q), _teacher(build, p))
+        return _lowered(build, collect, (*models, prompts.prompt, prompts.prompt_mask, key, mixing))
+
+    state = build.abstract_state(student, "distill")
+    parts = _parts(state, _teacher(build), _sequences(build, rows, 1))
+    optimizer = parts.pop("optimizer")
+    written, slots = bytes_of(_rollout(build, c.rollouts)), data.max_prompt + mixing.slots
+    done = written * (1 - rows / c.rollouts)
+    needed = sum(
+        _forward(model, rows, slots) + _head(model, rows * mixing.slots)
+        for model in (student, teacher)
+    )
+    return Program(
+        "collect",
+        lower,
+        parts,
+        held=optimizer + done,
+        needed=needed,
+        times=c.rollouts // rows,
+        layers=(student.layers, teacher.layers),
+        slots=frozenset(
+            {(slots, student.head_dim), (slots + mixing.chunk, teacher.head_dim)},
+        ),
+        trips=_trips(mixing),
+    )
+
+
+def _trips(mixing: Mixing) -> Callable[[str, int], float]:
+    """Every response is as long as its buffer, and the teacher's turns are as many as expected."""
+    run = mean_run(mixing.alpha, mixing.chunk)
+
+    def trips(where: str, depth: int) -> float:
+        if "teacher_log_probs" in where:
+            return math.ceil(mixing.slots / min(8, mixing.slots))
+        return run if depth else mixing.slots / run
+
+    return trips
+
+
+def meshes(devices: int, heads: tuple[int, ...]) -> Iterator[dict[str, int]]:
+    """Ways to split a model over so many devices, `tensor` a divisor of all `heads`."""
+    for tensor in (1, 2, 4, 8, 16):
+        if devices % tensor == 0 and all(count % tensor == 0 for count in heads):
+            rest = devices // tensor
+            for fsdp in (rest >> shift for shift in range(rest.bit_length())):
+                if fsdp and rest % fsdp == 0:
+                    yield {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}

@@ -1,0 +1,304 @@
+"""Plans of tiny pairs: what fits, what does not, what is refused, and what the command prints."""
+
+import dataclasses
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs.opt_13b_to_opt import get_config
+from minillm_jax import plan as command_line
+from minillm_jax import program
+from minillm_jax.models import fetch
+from minillm_jax.planning import estimate, programs, search, table, targets, verdict
+from minillm_jax.planning.chips import GIB, GPUS, TPUS
+from minillm_jax.planning.shapes import Shapes
+from minillm_jax.planning.targets import Target, target
+from minillm_jax.types import InputError
+from tests.toy_run import HF_CONFIG
+
+needs_compiler = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason=f"no TPU compiler here: {targets.PIP}"
+)
+pytestmark = pytest.mark.filterwarnings("ignore:.*(load_module|exec_module):DeprecationWarning")
+
+
+def pair(folder, layers=2, **mesh):
+    """A pair of folders that have a config.json and no weights."""
+    config = get_config("tiny")
+    for who, width in (("teacher", 32), ("student", 16)):
+        path = folder / f"{who}-{layers}"
+        path.mkdir(exist_ok=True)
+        small = {"hidden_size": width, "num_hidden_layers": layers}
+        (path / "config.json").write_text(json.dumps({**HF_CONFIG, **small}))
+        config[who].path = str(path)
+    config.data.max_prompt = config.data.max_response = 8
+    config.data.max_answer = 0
+    config.corpus.files = ()
+    config.distill.batch_size = config.distill.rollouts = 8
+    config.distill.collect_batch = 4
+    for name, size in mesh.items():
+        config.mesh[name] = size
+    return config
+
+
+def only(plan, name):
+    return next(f for f in plan.figures if f.name == name)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The plan of a tiny pair for four GPUs."""
+    folder = tmp_path_factory.mktemp("pair")
+    config = pair(folder, data=2, fsdp=2)
+    return config, verdict.plan(config, folder, target("h100:4"))
+
+
+def test_every_program_of_the_experiment_is_in_the_plan(planned):
+    _, plan = planned
+    names = [f.name for f in plan.figures]
+    assert names == ["teacher_sft update", "student_sft update", "collect", "distill update"]
+    assert plan.fits and plan.chip_hours > 0 and plan.mesh == {"data": 2, "fsdp": 2, "tensor": 1}
+
+
+def test_bytes_are_those_of_one_device(planned):
+    config, plan = planned
+    build = Shapes(config, Path("."), target("h100:4").devices)
+    whole = sum(x.size for x in jax.tree.leaves(build.abstract_state(
+        build.student_checkpoint.config, "distill").params)) * 4  # fmt: skip
+    update, collect = only(plan, "distill update"), only(plan, "collect")
+    assert whole / 2 <= update.parts["parameters"] < 0.55 * whole  # norms are whole everywhere
+    moments = update.parts["optimizer"]
+    assert moments == pytest.approx(2 * update.parts["parameters"], rel=0.01)
+    # Two caches [2 rows, 2 heads, slots, head] of two layers in float32, keys and values.
+    student, teacher = 16 * 4, (16 + config.distill.chunk) * 8
+    rows = config.distill.collect_batch // 4
+    assert collect.cache == rows * 2 * 2 * 2 * 4 * (student + teacher)
+    assert collect.held > moments  # and the responses that are written already
+
+
+def test_the_operations_are_those_of_the_method(planned):
+    """Nothing is computed twice without remat, and little beside the products of the method."""
+    _, plan = planned
+    update = only(plan, "student_sft update")
+    assert 1.0 <= update.flops / update.needed < 1.6
+
+
+def test_seconds_are_a_roofline(planned):
+    _, plan = planned
+    for f in plan.figures:
+        chip = plan.target.chip
+        assert f.compute_seconds >= f.flops / chip.flops
+        assert f.best <= f.seconds == f.times * (f.compute_seconds + f.network_seconds)
+        assert 0 < f.utilisation(plan.target) < 1
+    rounds = math.ceil(plan.updates / plan.updates_per_rollout)
+    a_round, an_update = only(plan, "collect"), only(plan, "distill update")
+    assert a_round.times == 2
+    total = rounds * a_round.seconds + plan.updates * an_update.seconds
+    assert plan.seconds == pytest.approx(total)
+    assert plan.chip_hours == pytest.approx(total * 4 / 3600)
+
+
+def test_few_layers_extrapolated_are_all_layers_compiled(tmp_path):
+    here = target("h100:2")
+    build = Shapes(pair(tmp_path, layers=6, data=1, fsdp=2), tmp_path, here.devices)
+    collect = next(p for p in programs.programs(build) if p.name == "collect")
+    guessed = estimate.measure(collect, here)
+    counted = estimate.measure(dataclasses.replace(collect, layers=None), here)
+    assert guessed.extrapolated and not counted.extrapolated
+    assert guessed.flops == pytest.approx(counted.flops, rel=1e-3)
+    assert guessed.cache == counted.cache > 0
+    assert guessed.peak == pytest.approx(counted.peak, rel=0.05)
+    assert guessed.network_seconds == pytest.approx(counted.network_seconds, rel=0.02)
+    assert guessed.compute_seconds == pytest.approx(counted.compute_seconds, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "chunk", "expected"),
+    [(0.0, 6, 6.0), (1.0, 6, 1.0), (0.5, 2, 1.5), (0.2, 6, (1 - 0.8**6) / 0.2)],
+)
+def test_the_turns_of_the_teacher(alpha, chunk, expected):
+    assert programs.mean_run(alpha, chunk) == pytest.approx(expected)
+
+
+def test_a_model_that_is_too_large_is_told_so_with_a_cure(tmp_path):
+    """GPT-J with its moments on one device, from its published shape."""
+    config = pair(tmp_path)
+    config.teacher.path = config.student.path = "hf:EleutherAI/gpt-j-6b"
+    found = verdict.plan(config, tmp_path, target("a100:1"), only=("distill update",))
+    (update,) = found.figures
+    assert not found.fits and math.isnan(update.flops)  # known without a compilation
+    assert update.peak > 6.05e9 * (4 + 8 + 4)
+    (said,) = verdict.cures(config, found)
+    least = math.ceil(update.peak / found.target.chip.memory)
+    assert f"take more than {least} such chips" in said and "distill update needs" in said
+    assert verdict.cures(config, dataclasses.replace(found, mesh={"fsdp": 1, "tensor": 1})) == [
+        said
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "cure"),
+    [
+        ("distill update", {"remat": False}, "--config.distill.remat=True"),
+        ("distill update", {"remat": True}, "--config.distill.micro_batch=2"),
+        ("collect", {"collect_batch": 8}, "--config.distill.collect_batch=4"),
+    ],
+)
+def test_what_would_help_is_a_flag(planned, tmp_path, name, changes, cure):
+    config, plan = planned
+    config = verdict.changed(config, {"distill": {"micro_batch": 4, "batch_size": 16} | changes})
+    large = dataclasses.replace(only(plan, name), fits=False, peak=100 * GIB)
+    found = dataclasses.replace(plan, figures=(large,))
+    (said,) = verdict.cures(config, found)
+    assert said.startswith(f"{name} needs 100.0 GiB") and cure in said
+
+
+def test_a_mesh_that_does_not_multiply_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"data=3, fsdp=1.*does not fit the 4 devices.*set --conf"):
+        verdict.builder(pair(tmp_path, data=3), tmp_path, target("h100:4"))
+
+
+def test_a_mesh_that_cuts_through_a_head_is_refused(tmp_path):
+    config = pair(tmp_path, data=1, fsdp=1, tensor=8)  # 4 heads
+    with pytest.raises(InputError, match="tensor=8 does not divide the 4 heads of the teacher"):
+        verdict.builder(config, tmp_path, target("h100:8"))
+
+
+def test_a_mesh_that_is_left_to_the_devices_gets_one_that_divides(tmp_path):
+    config = pair(tmp_path, data=1, fsdp=-1)
+    config.teacher_sft.batch_size = 4  # rows do not split over 8
+    build, notes = verdict.builder(config, tmp_path, target("h100:8"))
+    assert dict(build.mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert "--config.mesh.fsdp=4 --config.mesh.tensor=2" in notes[0]
+    assert "batch_size=4 does not split over 8" in notes[0]
+    config.mesh.fsdp = 8  # asked for
+    with pytest.raises(InputError, match="batch_size=4 does not split over 8"):
+        verdict.builder(config, tmp_path, target("h100:8"))
+
+
+def test_a_search_ranks_what_fits_first(tmp_path, capsys):
+    config = pair(tmp_path)
+    small = dataclasses.replace(GPUS["h100"], memory=1e6)
+    here = dataclasses.replace(target("h100:2"), chip=small)
+    ranked = search.search(config, tmp_path, here, 3)
+    assert len(ranked) == 3
+    assert len({tuple(changes["mesh"].items()) for changes, _ in ranked}) >= 2
+    fitting = [plan.seconds for _, plan in ranked if plan.fits]
+    assert fitting == sorted(fitting)
+    assert [plan.fits for _, plan in ranked] == sorted(
+        (plan.fits for _, plan in ranked), reverse=True
+    )
+    assert "1/3: --config.mesh.data=" in capsys.readouterr().err
+
+
+def test_links_of_a_slice_close_to_rings():
+    """A collective of all devices uses every axis; an axis of a ring has two directions."""
+    chip = TPUS["v5p"]
+    devices = tuple(range(64))
+    cube = Target("v5p:4x4x4", chip, devices, (4, 4, 4))
+    assert (cube.link(64), cube.link(16)) == (6 * chip.link, 2 * chip.link)
+    small = Target("v5p:2x2x1", chip, devices[:4], (2, 2, 1))
+    assert (small.link(4), small.link(2)) == (2 * chip.link, chip.link)
+    nodes = Target("h100:16", GPUS["h100"], devices[:16])
+    assert nodes.link(16) == GPUS["h100"].network < nodes.link(8)
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "h100", "h100:0", "v5p", "v5p:4xx4", "tpu", ""])
+def test_an_unknown_topology_is_refused_with_those_there_are(name):
+    with pytest.raises(InputError, match=r"no topology .*v5p:\{.*4x4x4.*h100:N, .*cpu"):
+        target(name)
+
+
+def test_a_missing_compiler_is_named_with_its_cure(monkeypatch):
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="the TPU compiler is missing: pip install"):
+        target("v5e:2x2")
+
+
+@needs_compiler
+def test_a_slice_that_its_compiler_does_not_know_is_refused():
+    with pytest.raises(InputError, match="does not know v5p:3x3x3 .*choose from v4"):
+        target("v5p:3x3x3")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "name", [f"{name}:{shape}" for name in TPUS for shape in TPUS[name].shapes]
+)
+def test_every_slice_that_is_named_is_one(name):
+    sides = name.partition(":")[2].split("x")
+    assert len(target(name).devices) == math.prod(map(int, sides))  # one per chip
+
+
+@needs_compiler
+def test_the_plan_of_a_tiny_pair_on_a_tpu(tmp_path):
+    config = pair(tmp_path, data=2, fsdp=2)
+    found = verdict.plan(config, tmp_path, target("v5e:2x2"), only=("collect", "distill update"))
+    collect, update = found.figures
+    assert found.fits and 0 < update.peak < 0.1 * GIB
+    assert update.flops >= update.needed > 0 and update.collectives
+    assert collect.cache > 0 and len(collect.assumed) == 3
+
+
+def test_a_folder_needs_no_weights_and_an_unknown_model_is_one_line(tmp_path, monkeypatch):
+    pair(tmp_path)
+    assert fetch.config(str(tmp_path / "teacher-2")) == {
+        **HF_CONFIG, "hidden_size": 32, "num_hidden_layers": 2
+    }  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    published = fetch.config("facebook/opt-13b")
+    assert isinstance(published, dict) and published["ffn_dim"] == 20480
+    with pytest.raises(InputError, match="out of reach.*config.json alone will do") as error:
+        fetch.config("no/such-model")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="is not here yet"):
+        fetch.config("pip:no-such-model==1.0")
+
+
+def test_json_has_what_the_table_has(planned, tmp_path, capsys):
+    config, plan = planned
+    written = table.as_json(plan, ["a cure"])
+    assert json.loads(json.dumps(written))["programs"][3]["name"] == "distill update"
+    assert written["programs"][2]["bytes"]["cache"] == only(plan, "collect").cache
+    assert {label for label, _ in table.rows(plan)} >= {"optimizer, GiB", "MFU, no overlap"}
+    assert table.verdict(plan, [])[0].startswith("fits: 4 updates take at least")
+    unfit = dataclasses.replace(only(plan, "collect"), fits=False)
+    refused = dataclasses.replace(plan, figures=(unfit,))
+    assert table.verdict(refused, ["a cure"]) == ["does not fit", "a cure"]
+
+
+def run(*words):
+    flags = command_line.FLAGS
+    flags.unparse_flags()
+    for name in flags:
+        flags[name].unparse()
+    return program.call(command_line.main, flags, ["plan", *map(str, words)])
+
+
+def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "_simulate", lambda topology: None)  # jax runs already
+    file = tmp_path / "plan.json"
+    words = ("--config=configs/opt_13b_to_opt.py:tiny,method=kd", "--topology=h100:4")
+    assert run(*words, f"--json={file}") == 0
+    out = capsys.readouterr().out
+    assert "opt-1.3b-kd-tiny on h100:4 (4 x H100 80 GB)" in out and "fits:" in out
+    assert json.loads(file.read_text())["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "no experiment given"),
+        (("--config=configs/opt_13b_to_opt.py:tiny",), "no machine given: add --topology"),
+        (("--config=configs/opt_13b_to_opt.py:tiny", "--topology=v9:2x2"), "no topology 'v9:2x2'"),
+        (("--topology=cpu", "stray"), "'stray' is no flag"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(words, said, capsys):
+    assert run(*words) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1

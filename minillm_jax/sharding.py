@@ -22,7 +22,7 @@ def make_mesh(
     """Arrange all `devices` as data x fsdp x tensor; one axis may be -1, what the others leave.
 
     The last axis has the fastest links. `InputError` if the sizes do not multiply to the number
-    of devices.
+    of devices, or do not follow the sides of a TPU slice.
     """
     devices = jax.devices() if devices is None else devices
     sizes: dict[str, int] = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
@@ -42,7 +42,13 @@ def make_mesh(
         sizes[free[0]] = len(devices) // fixed
     # Auto: the compiler propagates shardings from the annotated inputs and outputs.
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+    except NotImplementedError as error:  # on a TPU's torus
+        raise InputError(
+            f"mesh {asked} cannot be laid on this slice: make every axis a product of some of its"
+            " sides, each used once"
+        ) from error
 
 
 def tree_shardings(

@@ -46,6 +46,16 @@ def test_mesh_that_does_not_fit_is_refused_with_the_cure(sizes, message):
     assert "\n" not in str(error.value)
 
 
+def test_mesh_that_does_not_follow_the_sides_of_a_slice_is_one_line(monkeypatch):
+    def refuse(*_, **__):  # as jax does for a TPU's torus
+        raise NotImplementedError("Failed to find assignment\nfor logical axis 2")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(InputError, match="mesh data=2, fsdp=2, tensor=2 cannot be laid") as error:
+        make_mesh(2, 2, 2)
+    assert "\n" not in str(error.value)
+
+
 def test_mesh_of_some_devices():
     assert make_mesh(devices=jax.devices()[:3]).shape["data"] == 3
 

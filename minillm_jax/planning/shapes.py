@@ -9,7 +9,6 @@ from minillm_jax import scratch
 from minillm_jax.build import Builder
 from minillm_jax.models import DecoderConfig, fetch
 from minillm_jax.models.weights import Stored, read_config
-from minillm_jax.types import InputError
 
 
 @dataclass(frozen=True)
@@ -25,19 +24,8 @@ class Shapes(Builder):
     """A builder for `devices` whose models have shapes and no tensors."""
 
     def __init__(self, config: Any, workdir: Path, devices: Sequence[Any]):
-        """Take the config; models from scratch are made in `workdir`.
-
-        Raises:
-            InputError: as `Builder`, of a mesh that the devices do not make among others.
-        """
-        try:
-            super().__init__(config, workdir, devices)
-        except NotImplementedError as error:  # jax.make_mesh, on a TPU's torus
-            sizes = ", ".join(f"{name}={size}" for name, size in config.mesh.items())
-            raise InputError(
-                f"mesh {sizes} cannot be laid on this slice: make every axis a product of some of "
-                "its sides, each used once"
-            ) from error
+        """Take the config; models from scratch are made in `workdir`."""
+        super().__init__(config, workdir, devices)
 
     def _open(self, who: str) -> Stored:
         c = self.config[who]

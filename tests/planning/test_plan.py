@@ -112,8 +112,8 @@ def test_few_layers_extrapolated_are_all_layers_compiled(tmp_path):
     assert guessed.flops == pytest.approx(counted.flops, rel=1e-3)
     assert guessed.cache == counted.cache > 0
     assert guessed.peak == pytest.approx(counted.peak, rel=0.05)
-    assert guessed.network_seconds == pytest.approx(counted.network_seconds, rel=0.02)
-    assert guessed.compute_seconds == pytest.approx(counted.compute_seconds, rel=0.02)
+    assert guessed.network_seconds == pytest.approx(counted.network_seconds, rel=0.05)
+    assert guessed.compute_seconds == pytest.approx(counted.compute_seconds, rel=0.05)
 
 
 @pytest.mark.parametrize(

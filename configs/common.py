@@ -120,7 +120,9 @@ def size() -> ml_collections.ConfigDict:
     config.epochs = 0.0  # passes over the examples, instead of steps where it is not 0
     config.batch_size = 32  # rows per update, over all devices
     config.micro_batch = 0  # most rows that a device takes at once; 0: no bound
-    config.remat = False  # compute layers again in the backward pass instead of storing them
+    # What the backward pass computes again instead of storing it: none, dots (all of a layer but
+    # the products with its kernels), full (all of it).
+    config.remat = "none"
     config.evaluate_every = 0  # updates; 0: each epoch, or at the end alone
     config.keep = "loss"  # best on the validation set by loss, rouge_l or reverse_kl
     return config

@@ -64,7 +64,7 @@ def pair(
     schedule: str = "constant",
     template: str = "alpaca",
     sharded: bool = True,
-    remat: bool = True,
+    remat: str = "full",
 ) -> Any:
     """The settings of `teacher` into the student that `arg` names, by the method that it names.
 

@@ -27,6 +27,7 @@ _LEAST = (
     | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0}
     | {"corpus.coefficient": 0}
 )
+_REMAT = {f"{stage}.remat": ("none", "dots", "full") for stage in _SECTIONS}
 _KEEP = ("loss", "rouge_l", "reverse_kl")
 _CHOICES = {
     "attention": ("auto", "xla", "cudnn", "splash"),
@@ -39,6 +40,7 @@ _CHOICES = {
     "teacher_sft.keep": _KEEP[:2],
     "sft.keep": _KEEP,
     "distill.keep": _KEEP,
+    **_REMAT,
 }
 
 

@@ -73,7 +73,11 @@ def write_teacher(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 def one_device(monkeypatch: pytest.MonkeyPatch, devices: int = 1) -> None:
     """Let runs in this process use one of the eight devices, or so many: less to compile."""
-    mesh = functools.partial(build.make_mesh, devices=jax.devices()[:devices])
+    make, few = build.make_mesh, jax.devices()[:devices]
+
+    def mesh(*sizes, devices=None, **named):
+        return make(*sizes, devices=devices or few, **named)
+
     monkeypatch.setattr(build, "make_mesh", mesh)
 
 

@@ -41,14 +41,14 @@ def sums(
     *,
     size: int,
     dtype: str,
-    remat: bool = False,
+    remat: str = "none",
 ) -> reduce.Pair:
     """(sum, count) of L_PT over the targets of full blocks; the teacher runs only if k > 0.
 
     The teacher's arithmetic is in the type of its parameters, as in a collection.
     """
 
-    def read(config, params, dtype, remat=False):
+    def read(config, params, dtype, remat="none"):
         # The last state predicts what is beyond the block.
         return hidden_states(config, params, tokens, real, dtype=dtype, remat=remat)[:, :-1]
 

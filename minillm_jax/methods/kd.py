@@ -31,7 +31,7 @@ def method(
     micro_batches: int = 1,
     dtype: str = "float32",
     shardings: Any = None,
-    remat: bool = False,
+    remat: str = "none",
     teacher_dtype: str = "float32",
     dropout_seed: int | None = None,
     max_tokens: int | None = None,
@@ -41,7 +41,7 @@ def method(
     Args:
         dtype, teacher_dtype: of the arithmetic of the two models.
         shardings: of the state, for `compiled`.
-        remat: compute the student's layers again in the backward pass.
+        remat: what the student's backward pass computes again: `hidden_states`.
         dropout_seed: train with the student's dropout, its keys from this seed; None: without.
             The teacher has none.
         max_tokens: of a prompt and its response together, where that is less than their slots.

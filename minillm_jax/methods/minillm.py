@@ -38,7 +38,7 @@ def method(
     micro_batches: int = 1,
     dtype: str = "float32",
     shardings: Any = None,
-    remat: bool = False,
+    remat: str = "none",
     corpus: CorpusLoss | None = None,
     collect_batch: int = 0,
 ) -> Method:

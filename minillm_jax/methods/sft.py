@@ -25,7 +25,7 @@ def method(
     micro_batches: int = 1,
     dtype: str = "float32",
     shardings: Any = None,
-    remat: bool = False,
+    remat: str = "none",
     dropout_seed: int | None = None,
     max_tokens: int | None = None,
 ) -> Method:
@@ -34,7 +34,7 @@ def method(
     Args:
         dtype: of the arithmetic.
         shardings: of the state, for `compiled`.
-        remat: compute the layers again in the backward pass.
+        remat: what the backward pass computes again: `hidden_states`.
         dropout_seed: train with the model's dropout, its keys from this seed; None: without.
         max_tokens: of a prompt and its response together, where that is less than their slots.
     """

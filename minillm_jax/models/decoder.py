@@ -22,13 +22,21 @@ from minillm_jax.types import Params
 _UNBOUNDED = 2**30  # the window of a layer without one
 
 
+# What a layer keeps for its backward pass beside its input.
+_KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def _recomputed(remat: str) -> Any:
+    return nn.remat(Block, prevent_cse=False, policy=_KEPT[remat])
+
+
 class Decoder(nn.Module):
     """Embedding, scanned layers, final norm; `embed` and `finish` alone for the cached path."""
 
     config: DecoderConfig
     param_dtype: DTypeLike = jnp.float32
     train: bool = False
-    remat: bool = False
+    remat: str = "none"
     kernel: str = "xla"  # any other reads packed rows
 
     def setup(self):
@@ -36,7 +44,7 @@ class Decoder(nn.Module):
         c = self.config
         self.embed = Embed(c, self.param_dtype)
         self.layers = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+            Block if self.remat == "none" else _recomputed(self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
@@ -129,13 +137,15 @@ def hidden_states(
     mask: jax.Array,  # [B, T] bool
     *,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Return the hidden states that `head` reads, [B, T, E] in `dtype`.
 
     Padding may stand on either side of a row: positions count the real tokens and no query sees a
     padded key. The states at padded slots are finite and mean nothing. Dropout only with a key.
+    `remat` is what the backward pass computes again in each layer: "none", "dots" (all but the
+    products with kernels; attention above all), "full" (all from the layer's input).
 
     Raises ValueError where learned positions are fewer than the slots, InputError where
     `config.attention` names a kernel that cannot take this.

@@ -18,11 +18,13 @@ from minillm_jax.types import InputError
 
 Changes = dict[str, dict[str, Any]]
 
+REMAT = ("none", "dots", "full")
+
 
 def candidates(config: Any, workdir: Path, target: Target) -> list[Changes]:
     """Settings that the batches and models allow, those first that need least and move least.
 
-    First the largest micro-batch without remat of every mesh, then smaller ones, then with remat.
+    First the largest micro-batch without remat of every mesh, then smaller ones, then more remat.
     """
     found: list[tuple[tuple, Changes]] = []
     for sizes in meshes(len(target.devices), ()):
@@ -34,14 +36,14 @@ def candidates(config: Any, workdir: Path, target: Target) -> list[Changes]:
             continue
         for micro, remat in _ways(config, build):
             section = {"micro_batch": micro, "remat": remat}
-            cost = (remat, -micro, sizes["tensor"], sizes["data"])
+            cost = (REMAT.index(remat), -micro, sizes["tensor"], sizes["data"])
             found.append((cost, {"mesh": sizes, "distill": section}))
     return [changes for _, changes in sorted(found, key=lambda one: one[0])]
 
 
-def _ways(config: Any, build: Shapes) -> Iterator[tuple[int, bool]]:
+def _ways(config: Any, build: Shapes) -> Iterator[tuple[int, str]]:
     rows = config.distill.batch_size // build.ways
-    for remat in (False, True):
+    for remat in REMAT:
         micro = rows
         while micro >= 1:
             yield micro, remat

@@ -220,8 +220,8 @@ def _smaller(config: Any, found: Plan, name: str):
         name, "distill"
     )
     c = config[section]
-    if not c.remat:
-        yield flags({section: {"remat": True}})
+    if c.remat != "full":
+        yield flags({section: {"remat": "full"}})
     rows = min(c.micro_batch or c.batch_size, max(c.batch_size // ways, 1))
     if rows > 1:
         yield flags({section: {"micro_batch": rows // 2}})

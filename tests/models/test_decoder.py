@@ -132,13 +132,13 @@ def test_remat_gives_the_same_gradient_and_is_in_the_program(name):
         return jnp.sum(hidden_states(config, params, tokens, mask, remat=remat) ** 2)
 
     graded = jax.jit(jax.grad(loss), static_argnums=1)
-    once, twice = (jax.tree.leaves(graded(params, remat)) for remat in (False, True))
-    for a, b in zip(once, twice, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
-    programs = [
-        str(jax.make_jaxpr(loss, static_argnums=1)(params, remat)) for remat in (True, False)
-    ]
-    assert ["prevent_cse=False" in program for program in programs] == [True, False]
+    kinds = ("none", "dots", "full")
+    once, *others = (jax.tree.leaves(graded(params, remat)) for remat in kinds)
+    for other in others:
+        for a, b in zip(once, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+    programs = [str(jax.make_jaxpr(loss, static_argnums=1)(params, remat)) for remat in kinds]
+    assert ["prevent_cse=False" in program for program in programs] == [False, True, True]
 
 
 def test_every_parameter_has_one_logical_axis_per_dimension(config):

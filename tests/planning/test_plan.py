@@ -143,8 +143,8 @@ def test_a_model_that_is_too_large_is_told_so_with_a_cure(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "cure"),
     [
-        ("distill update", {"remat": False}, "--config.distill.remat=True"),
-        ("distill update", {"remat": True}, "--config.distill.micro_batch=2"),
+        ("distill update", {"remat": "dots"}, "--config.distill.remat=full"),
+        ("distill update", {"remat": "full"}, "--config.distill.micro_batch=2"),
         ("collect", {"collect_batch": 8}, "--config.distill.collect_batch=4"),
     ],
 )

@@ -1,7 +1,6 @@
 """A whole experiment in seconds: a random llama of two layers, a few prompts, and a config."""
 
 import contextlib
-import functools
 import importlib
 import json
 import sys

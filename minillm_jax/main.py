@@ -36,6 +36,11 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{argv[1]!r} is no flag: write --flag=value")
     if CONFIG.value is None:
         raise InputError("no experiment given: add --config configs/quickstart.py")
+    if "://" in (WORKDIR.value or ""):
+        raise InputError(
+            f"--workdir={WORKDIR.value} is in a bucket: give a folder, in which a bucket may be "
+            "mounted (gcsfuse)"
+        )
     from minillm_jax import hosts, pipeline  # import jax, which --help does not need
 
     hosts.connect()

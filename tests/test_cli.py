@@ -64,6 +64,7 @@ def refused(toy, tmp_path, monkeypatch, capsys):
         ("--nonsense", "no flag --nonsense: --help lists those there are"),
         ("--stages=distil", "no stage 'distil': choose from teacher_answers, student_sft"),
         ("--stages=distill", "needs the output of student_sft: add it, --stages=stud"),
+        ("--workdir=gs://bucket/run", "--workdir=gs://bucket/run is in a bucket: give a folder"),
         ("surplus", "'surplus' is no flag: write --flag=value"),
     ],
 )  # fmt: skip

@@ -13,10 +13,12 @@
 #   --type T                accelerator, such as v5litepod-16 (create, train)
 #   --version V             image of the hosts (create, train), default tpu-ubuntu2204-base
 #   --project P             project, default that of gcloud
+#   --nfs SERVER:/SHARE     mounted on every host as /mnt/minillm (install, train)
 #   --spot                  ask for preemptible hosts
 #   --dry_run               print the gcloud commands and end
 #
-# A new slice has empty disks: give a bucket as work directory, -- --workdir gs://BUCKET/RUN ...
+# A new slice has empty disks, and all hosts need one work directory: mount a share, such as one of
+# Filestore, and give a folder of it, --nfs 10.0.0.2:/share -- --workdir /mnt/minillm/RUN ...
 set -euo pipefail
 
 wait_seconds=${MINILLM_POLL:-30} # between two looks at the state of the slice
@@ -25,7 +27,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
     echo "error: $1; usage: launch/tpu_pod.sh create|install|run|train|delete --name N --zone Z" \
-        "[--type T] [--version V] [--project P] [--spot] [--dry_run] [-- --config FILE.py ...]" >&2
+        "[--type T] [--version V] [--project P] [--nfs SERVER:/SHARE] [--spot] [--dry_run] [-- --config FILE.py ...]" >&2
     exit 2
 }
 
@@ -34,7 +36,7 @@ say() { echo "launch: $*" >&2; }
 command=${1:-}
 [[ $command =~ ^(create|install|run|train|delete)$ ]] || usage "no command ${command:-given}"
 shift
-name='' zone='' type='' version=tpu-ubuntu2204-base dry='' where=() options=()
+name='' zone='' type='' nfs='' version=tpu-ubuntu2204-base dry='' where=() options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         --spot) options+=(--spot) && shift && continue ;;
@@ -45,6 +47,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
         --name) name=$2 ;;
         --zone) zone=$2 ;;
         --type) type=$2 ;;
+        --nfs) nfs=$2 ;;
         --version) version=$2 ;;
         --project) where+=("--project=$2") ;;
         *) usage "no option $1" ;;
@@ -98,16 +101,20 @@ create() { # 75: the slice was lost again while it was made
 delete() { tpus queued-resources delete "$name" --force --quiet; }
 
 install() {
-    local archive
+    local archive mount=''
+    [ -z "$nfs" ] || mount="mountpoint -q /mnt/minillm || {
+sudo apt-get -qq update; sudo apt-get -qq install -y nfs-common; sudo mkdir -p /mnt/minillm
+sudo mount -t nfs $(printf '%q' "$nfs") /mnt/minillm; }"
     archive=$(mktemp -d)/minillm_jax.tar.gz
     [ -z "$(git -C "$here" status --porcelain)" ] || say "changes that are not committed stay here"
     do_ git -C "$here" archive --format=tar.gz --output="$archive" HEAD &&
         tpus tpu-vm scp "$archive" "$name:minillm_jax.tar.gz" --worker=all || return
     rm -rf "${archive%/*}"
-    on_all "set -e; mkdir -p minillm_jax; tar -xzf minillm_jax.tar.gz -C minillm_jax; cd minillm_jax
+    on_all "set -e; $mount
+mkdir -p minillm_jax; tar -xzf minillm_jax.tar.gz -C minillm_jax; cd minillm_jax
 python3 -m pip install --quiet --user uv; uv() { python3 -m uv --quiet \"\$@\"; }
 [ -d .venv ] || uv venv --python $python .venv
-uv pip install --python .venv/bin/python -r requirements.txt 'jax[tpu]' gcsfs"
+uv pip install --python .venv/bin/python -r requirements.txt 'jax[tpu]'"
 }
 
 # What an earlier start left would hold the TPU: a lost connection ends no process. jax finds the

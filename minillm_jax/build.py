@@ -137,16 +137,17 @@ class Builder:
         if own or "teacher" not in self._made or c.teacher.dtype != "float32":
             return self.on_devices(start)
         # Copied from the teacher, which is there already.
-        shardings = self._shardings(start.config)
+        shardings = self.shardings(start.config)
         params = take_layers(self.teacher.params, c.student.keep_layers, shardings)
         return Model(start.config, params, start.hf_config)
 
     def on_devices(self, stored: Stored, dtype: str = "float32", fsdp: bool = True) -> Model:
         """Read a model straight to the shardings of its logical axes, those of `fsdp` or not."""
-        params = stored.read(np.dtype(dtype), self._shardings(stored.config, fsdp))
+        params = stored.read(np.dtype(dtype), self.shardings(stored.config, fsdp))
         return Model(stored.config, params, stored.hf_config)
 
-    def _shardings(self, config: DecoderConfig, fsdp: bool = True) -> Any:
+    def shardings(self, config: DecoderConfig, fsdp: bool = True) -> Any:
+        """Where the parameters of a model lie; `InputError` for an axis that does not divide."""
         rules = AXIS_RULES if fsdp else TENSOR_RULES
         shapes, axes = abstract_params(config), logical_axes(config)
         return tree_shardings(shapes, axes, self.mesh, rules, config.axis_units)
@@ -188,6 +189,7 @@ class Builder:
         for who, checkpoint in checkpoints.items():
             model = checkpoint.config
             check_slots(self.config, who, model.max_positions)
+            self.shardings(model)
             check_ids(who, checkpoint.path, model.vocab_size, largest)
         for stage, name in SECTIONS.items():
             if stage in stages:  # with the updates that its epochs are
@@ -278,7 +280,7 @@ class Builder:
     def abstract_state(self, model: DecoderConfig, name: str) -> TrainState:
         """The state of training `model` in a section: shapes, dtypes and shardings, no arrays."""
         optimizer, _ = self.optimizer(name)
-        return abstract_state(abstract_params(model), self._shardings(model), optimizer, self.mesh)
+        return abstract_state(abstract_params(model), self.shardings(model), optimizer, self.mesh)
 
     def _common(self, model: DecoderConfig, name: str) -> dict[str, Any]:
         return {

@@ -155,11 +155,3 @@ def fetch(x: Any) -> np.ndarray:
     if reaches(x):
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-def broadcast_text(text: str) -> str:
-    """The `text` of process 0, on every process."""
-    data = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    data = data if is_main() else np.zeros(size, np.uint8)
-    return bytes(multihost_utils.broadcast_one_to_all(data)).decode()

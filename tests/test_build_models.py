@@ -16,6 +16,7 @@ from minillm_jax.reporting.writers import MetricsWriter
 from minillm_jax.rollout import score
 from minillm_jax.stages import Run
 from minillm_jax.stages.measures import answer_loss
+from minillm_jax.types import InputError
 
 
 @pytest.fixture
@@ -72,6 +73,17 @@ def test_the_teacher_may_be_split_over_the_tensor_axis_alone(tmp_path, monkeypat
     ]
     specs = [kernel.sharding.spec for kernel in kernels]
     assert specs == [Spec(None, "fsdp" if fsdp else None, "tensor"), Spec(None, "fsdp", "tensor")]
+
+
+def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch, opened
+):
+    one_device(monkeypatch, 8)
+    config = toy_config(tmp_path)
+    config.mesh.data, config.mesh.tensor = 1, 8  # and four heads
+    with pytest.raises(InputError, match=r"'heads' of .* has 4 .*set --config.mesh.tensor=4"):
+        Builder(config).preflight(("distill",))
+    assert not opened
 
 
 def test_given_answers_may_be_longer_than_sampled_ones(tmp_path, monkeypatch):

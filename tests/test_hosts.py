@@ -75,12 +75,11 @@ def test_processes_meet_and_agree(address, count):
     body = """
 first = hosts.agree(True), hosts.agree(rank != 1)
 hosts.barrier("half")
-texts = hosts.broadcast_text(f"ĝ {rank}"), hosts.broadcast_text("")
-print("found", rank, hosts.is_main(), jax.process_count(), first, texts)
+print("found", rank, hosts.is_main(), jax.process_count(), first)
 """
     for rank, (code, out, err) in enumerate(start(body, address, list(range(count)), count)):
         assert code == 0, err
-        assert f"found {rank} {rank == 0} {count} (True, False) ('ĝ 0', '')" in out
+        assert f"found {rank} {rank == 0} {count} (True, False)" in out
 
 
 def test_dry_run_prints_once(address, tmp_path):
@@ -184,4 +183,3 @@ def test_one_process_needs_nothing(monkeypatch):
     hosts.barrier("alone")
     hosts.leave(2)
     assert hosts.is_main() and hosts.agree(True) and not hosts.agree(False)
-    assert hosts.broadcast_text("ĝ") == "ĝ"

@@ -85,7 +85,7 @@ def _with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
 
 def _params(build: Shapes, config: DecoderConfig, dtype: str = "float32", fsdp: bool = True) -> Any:
     shapes = abstract_params(config, np.dtype(dtype))
-    places = build.places(config, fsdp)
+    places = build.shardings(config, fsdp)
     return jax.tree.map(lambda x, where: _array(x.shape, x.dtype, where), shapes, places)
 
 
@@ -152,7 +152,7 @@ def _lowered(build: Shapes, function: Any, arguments: tuple) -> Any:
 def _answers(build: Shapes) -> int:
     """Slots of given answers: those of the data may be longer than sampled ones get."""
     data = build.config.data
-    return max(data.max_response, data.max_answer)
+    return max(data.max_response, min(data.max_answer, build.data.max_tokens))
 
 
 def _sft(build: Shapes, name: str, model: DecoderConfig) -> Program:
@@ -160,7 +160,7 @@ def _sft(build: Shapes, name: str, model: DecoderConfig) -> Program:
     rows, answers = build.section(section)["batch_size"], _answers(build)
     state, batch = build.abstract_state(model, section), _sequences(build, rows, answers)
     method = build.sft(model, section)
-    tokens = build.config.data.max_prompt + answers
+    tokens = build.data.max_tokens  # a row is read from its first token on
     return Program(
         f"{name} update",
         lambda layers: _lowered(build, method.update, (state, None, batch)),
@@ -185,7 +185,7 @@ def _kd(build: Shapes) -> Program:
     state, batch = build.abstract_state(student, "distill"), _sequences(build, rows, answers)
     frozen = _teacher(build)
     method = build.kd()
-    tokens = build.config.data.max_prompt + answers
+    tokens = build.data.max_tokens  # a row is read from its first token on
     own = 3 * (_forward(student, rows, tokens) + _head(student, rows * answers))
     return Program(
         "distill update",
@@ -272,10 +272,10 @@ def _trips(mixing: Mixing) -> Callable[[str, int], float]:
     return trips
 
 
-def meshes(devices: int, heads: tuple[int, ...]) -> Iterator[dict[str, int]]:
-    """Ways to split a model over so many devices, `tensor` a divisor of all `heads`."""
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Ways to arrange so many devices."""
     for tensor in (1, 2, 4, 8, 16):
-        if devices % tensor == 0 and all(count % tensor == 0 for count in heads):
+        if devices % tensor == 0:
             rest = devices // tensor
             for fsdp in (rest >> shift for shift in range(rest.bit_length())):
                 if fsdp and rest % fsdp == 0:

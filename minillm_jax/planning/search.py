@@ -27,11 +27,10 @@ def candidates(config: Any, workdir: Path, target: Target) -> list[Changes]:
     First the largest micro-batch without remat of every mesh, then smaller ones, then more remat.
     """
     found: list[tuple[tuple, Changes]] = []
-    for sizes in meshes(len(target.devices), ()):
+    for sizes in meshes(len(target.devices)):
         try:
             build = Shapes(changed(config, {"mesh": sizes}), workdir, target.devices)
             divides(build)
-            build.abstract_state(build.student_checkpoint.config, "distill")
         except InputError:
             continue
         for micro, remat in _ways(config, build):

@@ -7,7 +7,7 @@ from typing import Any
 
 from minillm_jax import scratch
 from minillm_jax.build import Builder
-from minillm_jax.models import DecoderConfig, fetch
+from minillm_jax.models import fetch
 from minillm_jax.models.weights import Stored, read_config
 
 
@@ -38,10 +38,6 @@ class Shapes(Builder):
         _, model = read_config(found, Path(spec))
         stored = Stored(model, found, Path(spec), tuple(range(model.layers)), {})
         return self._read_with_kernel(stored)
-
-    def places(self, model: DecoderConfig, fsdp: bool) -> Any:
-        """The sharding of every parameter."""
-        return self._shardings(model, fsdp)
 
     @property
     def tokenizer(self) -> Any:

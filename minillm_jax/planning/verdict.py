@@ -72,7 +72,7 @@ def builder(config: Any, workdir: Path, target: Target) -> tuple[Shapes, list[st
         first = error
     if -1 not in config.mesh.to_dict().values():
         raise first
-    for sizes in meshes(len(target.devices), ()):
+    for sizes in meshes(len(target.devices)):
         if sizes["data"] != 1:
             continue
         try:
@@ -85,22 +85,13 @@ def builder(config: Any, workdir: Path, target: Target) -> tuple[Shapes, list[st
 
 
 def divides(build: Shapes) -> None:
-    """Refuse a mesh that cuts through a head.
+    """Refuse a mesh over which the models do not divide.
 
     Raises:
-        InputError: with the axis and those that would do.
+        InputError: with the axis and a size that would do.
     """
-    tensor = build.mesh.shape["tensor"]
-    for who, model in (
-        ("teacher", build.teacher_checkpoint.config),
-        ("student", build.student_checkpoint.config),
-    ):
-        if model.heads % tensor:
-            good = [str(n) for n in (1, 2, 4, 8, 16) if model.heads % n == 0]
-            raise InputError(
-                f"mesh tensor={tensor} does not divide the {model.heads} heads of the {who}: "
-                f"set --config.mesh.tensor to one of {', '.join(good)}"
-            )
+    for stored in (build.teacher_checkpoint, build.student_checkpoint):
+        build.shardings(stored.config)
 
 
 def changed(config: Any, changes: dict[str, dict[str, Any]]) -> Any:

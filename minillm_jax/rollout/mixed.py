@@ -24,7 +24,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from minillm_jax.axes import constrain
 from minillm_jax.models import DecoderConfig, extend, head, init_cache, logits, unstack
 from minillm_jax.rollout.warp import draw
 from minillm_jax.types import Params, Sequences
@@ -162,7 +161,7 @@ def collect(
     tokens, states = tokens[:, :slots], states[:, :slots]
     log_p = jnp.where(mask, _label_log_probs(p_head, states, tokens, t, vocab), 0.0)
     log_mix = jnp.where(mask, _log_mixture(log_q, log_p, mixing.alpha), 0.0)
-    rollout = Rollout(
+    return Rollout(
         prompt=prompt,
         prompt_mask=prompt_mask,
         response=jnp.where(mask, tokens, mixing.pad_id),
@@ -172,7 +171,6 @@ def collect(
         log_mix=log_mix,
         teacher_hidden=jnp.where(mask[..., None], states, 0),
     )
-    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rollout)
 
 
 def _log_mixture(log_q: jax.Array, log_p: jax.Array, alpha: float) -> jax.Array:

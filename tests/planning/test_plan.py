@@ -116,6 +116,16 @@ def test_few_layers_extrapolated_are_all_layers_compiled(tmp_path):
     assert guessed.compute_seconds == pytest.approx(counted.compute_seconds, rel=0.05)
 
 
+def test_longer_answers_are_cut_to_what_prompts_leave(tmp_path):
+    config = pair(tmp_path, data=1, fsdp=2)
+    needed = []
+    for config.data.max_answer in (0, 12, 500):  # prompt and answer have 16 slots together
+        build = Shapes(config, tmp_path, target("h100:2").devices)
+        needed.append(next(p for p in programs.programs(build) if "student_sft" in p.name).needed)
+    # Only the head reads more answers, 16 at most instead of 8: less than twice the whole.
+    assert needed[0] < needed[1] < needed[2] < 2 * needed[0]
+
+
 @pytest.mark.parametrize(
     ("alpha", "chunk", "expected"),
     [(0.0, 6, 6.0), (1.0, 6, 1.0), (0.5, 2, 1.5), (0.2, 6, (1 - 0.8**6) / 0.2)],
@@ -164,7 +174,9 @@ def test_a_mesh_that_does_not_multiply_is_refused(tmp_path):
 
 def test_a_mesh_that_cuts_through_a_head_is_refused(tmp_path):
     config = pair(tmp_path, data=1, fsdp=1, tensor=8)  # 4 heads
-    with pytest.raises(InputError, match="tensor=8 does not divide the 4 heads of the teacher"):
+    with pytest.raises(
+        InputError, match="'heads' of .* has 4 .*tensor=8: set --config.mesh.tensor=4"
+    ):
         verdict.builder(config, tmp_path, target("h100:8"))
 
 

@@ -50,9 +50,12 @@ def connect() -> None:
     watch.daemon = True
     watch.start()
     try:
+        if place.get("process_id") == 0:
+            # Where jax cannot listen it may end by a segmentation fault: ask the system first.
+            socket.create_server(("", int(place["coordinator_address"].rpartition(":")[2]))).close()
         jax.distributed.initialize(**place, initialization_timeout=seconds + 60)
     except (RuntimeError, ValueError, OSError, ImportError) as error:
-        address = global_state.coordinator_address
+        address = global_state.coordinator_address or place.get("coordinator_address")
         where = f"process 0 listens at {address}" if address else "no cluster was detected"
         raise InputError(f"{where}: {error}; set {', '.join(_THREE)} to what is free") from error
     finally:

@@ -1,0 +1,150 @@
+"""What a collection costs: decoding against the bound of this machine, the teacher's share, the
+schedule of the reference.
+
+    python -m benchmarks.rollout --json rollout.json
+
+1. Seconds of one decoding step of the teacher, and its bound: the larger of the bytes that must
+   move (weights, cache) over the bandwidth and of the products over the matmul rate, both measured
+   in the same run.
+2. The price of teacher-mixed sampling at alpha = 0.2: (mixed - student alone) / teacher alone.
+3. A collection against the schedule of the reference in the same code: mixed sampling with a step
+   of the teacher at every token, a second generation by the student, and six passes that score the
+   result, three by each model.
+
+No response ends before its last slot.
+"""
+
+import argparse
+import statistics
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import pair as models
+from benchmarks.timing import bandwidth, in_turn, machine, matmul_rate, ratio
+from minillm_jax.models import DecoderConfig, head
+from minillm_jax.objectives import vocab
+from minillm_jax.reporting.writers import write_json
+from minillm_jax.rollout import Mixing, Warp, collect, generate, response_states
+
+ALPHA, CHUNK = 0.2, 6
+
+
+def main() -> None:
+    """Measure the three and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    models.add_options(parser)
+    parser.add_argument("--rows", default="1,8,32", help="batch sizes of decoding")
+    parser.add_argument("--batch", type=int, default=32, help="responses of a collection")
+    asked = parser.parse_args()
+    pair = models.load(asked)
+    rate, bytes_per_s = matmul_rate(jnp.dtype(asked.dtype)), bandwidth()
+    print(f"matmul {rate / 1e9:.0f} GFLOP/s, memory {bytes_per_s / 1e9:.1f} GB/s")
+    steps = []
+    print("| rows | ms per step | bound | of the bound |\n|---|---|---|---|")
+    for rows in map(int, asked.rows.split(",")):
+        seconds = step_seconds(pair, rows, asked)
+        bound = step_bound(pair.teacher, pair.teacher_params, rows, asked, rate, bytes_per_s)
+        steps.append({"rows": rows, "seconds": seconds, "bound": bound})
+        share = f"{100 * bound / seconds:.0f} %"
+        print(f"| {rows} | {1e3 * seconds:.0f} | {1e3 * bound:.0f} | {share} |", flush=True)
+    found = collection(pair, asked)
+    for name, value in found["seconds"].items():
+        print(f"{name}: {value:.1f} s")
+    print(f"price of the teacher at alpha {ALPHA}: {found['price']:.2f} of teacher-only decoding")
+    print(f"the reference's schedule: {found['against_reference']:.1f} times ours")
+    if asked.json:
+        measured = {"matmul_flops_per_s": rate, "bytes_per_s": bytes_per_s}
+        write_json(asked.json, machine() | measured | {"steps": steps, "collection": found})
+
+
+def _sampler(config: DecoderConfig, params, given, slots: int, pair: models.Pair):
+    """A call that samples `slots` tokens for every prompt, from one model."""
+    options = {"warp": Warp(), "eos_id": pair.vocab, "pad_id": 0, "vocab": pair.vocab}
+    key = jax.random.key(2)
+    return lambda: generate(
+        config, params, given.prompt, given.prompt_mask, key, slots=slots, **options
+    )
+
+
+def step_seconds(pair: models.Pair, rows: int, asked: argparse.Namespace) -> float:
+    """Seconds of one decoding step: the median difference of a long and a short generation."""
+    given = models.prompts(rows, asked.prompt, pair.vocab)
+    short = max(asked.slots // 4, 1)
+    calls = {
+        name: _sampler(pair.teacher, pair.teacher_params, given, slots, pair)
+        for name, slots in (("long", asked.slots), ("short", short))
+    }
+    seconds = in_turn(calls, asked.repeats)
+    gaps = [a - b for a, b in zip(seconds["long"], seconds["short"], strict=True)]
+    return statistics.median(gaps) / (asked.slots - short)
+
+
+def step_bound(config, params, rows: int, asked, rate: float, bytes_per_s: float) -> float:
+    """Seconds that a step takes at least: by bytes, or by products, whichever is more."""
+    leaves = jax.tree.leaves(params)
+    width = jnp.dtype(asked.dtype).itemsize
+    slots = asked.prompt + asked.slots * 5 // 8  # the middle of what `step_seconds` compares
+    cache = 2 * config.layers * rows * config.kv_heads * slots * config.head_dim * width
+    moved = sum(x.nbytes for x in leaves) + cache  # an untied embedding is looked up: a few rows
+    products = sum(x.size for x in leaves if x.ndim > 1) * rows
+    products += 2 * config.layers * rows * config.heads * slots * config.head_dim
+    return max(moved / bytes_per_s, 2 * products / rate)
+
+
+def collection(pair: models.Pair, asked: argparse.Namespace) -> dict:
+    """Seconds of a collection and of what it is compared with, and the two ratios."""
+    given = models.prompts(asked.batch, asked.prompt, pair.vocab)
+    alone = partial(_sampler, given=given, slots=asked.slots, pair=pair)
+    student = alone(pair.student, pair.params)
+
+    def mixed(chunk: int):
+        mixing = Mixing(
+            slots=asked.slots, alpha=ALPHA, chunk=chunk, eos_id=pair.vocab, pad_id=0,
+            vocab=pair.vocab, dtype=asked.dtype,
+        )  # fmt: skip
+        return collect(
+            pair.student, pair.teacher, pair.params, pair.teacher_params,
+            given.prompt, given.prompt_mask, jax.random.key(3), mixing,
+        )  # fmt: skip
+
+    def reference():
+        rollout, second = mixed(1), student()
+        passes = [
+            score(config, params, rollout)
+            for config, params in (
+                (pair.student, pair.params),
+                (pair.teacher, pair.teacher_params),
+            )
+            for _ in range(3)
+        ]
+        return rollout, second, passes
+
+    calls = {
+        "collection": lambda: mixed(CHUNK),
+        "student alone": student,
+        "teacher alone": alone(pair.teacher, pair.teacher_params),
+        "reference": reference,
+    }
+    seconds = in_turn(calls, asked.repeats)
+    extra = [a - b for a, b in zip(seconds["collection"], seconds["student alone"], strict=True)]
+    return {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "price": ratio(extra, seconds["teacher alone"]),
+        "against_reference": ratio(seconds["reference"], seconds["collection"]),
+    }
+
+
+@partial(jax.jit, static_argnames="config")
+def score(config: DecoderConfig, params, rollout) -> jax.Array:
+    """Log-probabilities [B, N] of the responses by one pass over them."""
+    hidden = response_states(config, params, rollout, dtype=rollout.teacher_hidden.dtype)
+    top = head(config, params)
+    student = (hidden, top.weight, top.bias)
+    labels, mask = rollout.response, rollout.response_mask
+    return vocab.scores(*student, None, None, None, labels, mask)["log_q"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What an update costs: tokens per second, share of the machine's matmul rate, compilation.
+
+    python -m benchmarks.step --json step.json
+
+Updates of SFT and of MiniLLM on made-up rows. FLOPs are those of the model: of the student three
+times its forward pass, in MiniLLM also the product of the stored teacher states with the teacher's
+head; what is computed again is not counted. The rate is measured in the same run. The gap is what
+an update takes longer when the next one is asked for only after it has ended.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import pair as models
+from benchmarks.timing import machine, matmul_rate
+from minillm_jax import optim
+from minillm_jax.methods import minillm, sft
+from minillm_jax.models import DecoderConfig, abstract_params, logical_axes
+from minillm_jax.objectives.policy import PRESETS
+from minillm_jax.reporting.writers import write_json
+from minillm_jax.rollout import Mixing, Rollout
+from minillm_jax.sharding import make_mesh, tree_shardings
+from minillm_jax.train_state import TrainState, abstract_state, init_state
+from minillm_jax.types import Sequences
+
+
+def main() -> None:
+    """Measure the updates and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    models.add_options(parser)
+    parser.add_argument("--batch", type=int, default=8, help="rows of an update")
+    asked = parser.parse_args()
+    pair = models.load(asked)
+    asked.rate = matmul_rate(jnp.dtype(asked.dtype))
+    print(f"matmul {asked.rate / 1e9:.0f} GFLOP/s")
+    print("| update | compilation s | seconds | gap s | tokens/s | of the matmul rate |")
+    print("|---|---|---|---|---|---|")
+    found = []
+    for name in ("sft", "minillm"):
+        one = measure(name, pair, asked)
+        found.append(one)
+        print(
+            f"| {name} | {one['compile_seconds']:.1f} | {one['seconds']:.2f} | {one['gap']:.2f}"
+            f" | {one['tokens_per_s']:.0f} | {100 * one['mfu']:.0f} % |",
+            flush=True,
+        )
+    if asked.json:
+        write_json(asked.json, machine() | {"matmul_flops_per_s": asked.rate, "updates": found})
+
+
+def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one kind of update."""
+    rate = optim.schedule("constant", 1e-5)
+    optimizer = optim.adamw(rate)
+    common: dict[str, Any] = {"dtype": asked.dtype}
+    if name == "sft":
+        method = sft.method(pair.student, optimizer, rate, vocab=pair.vocab, **common)
+        frozen, batch = None, _rows(pair, asked)
+    else:
+        mixing = Mixing(
+            slots=asked.slots, alpha=0.2, chunk=6, eos_id=0, pad_id=0, vocab=pair.vocab,
+            dtype=asked.dtype,
+        )  # fmt: skip
+        policy = PRESETS["corrected"]
+        method = minillm.method(
+            pair.student, pair.teacher, optimizer, rate, policy=policy, mixing=mixing, **common
+        )
+        frozen, batch = pair.teacher_params, _rollout(pair, asked)
+    update: Any = method.update
+    state = _state(pair, optimizer)
+    began = time.perf_counter()
+    program = update.lower(state, frozen, batch).compile()
+    compile_seconds = time.perf_counter() - began
+    state, _ = jax.block_until_ready(program(state, frozen, batch))
+    alone, chained = [], []
+    for _ in range(asked.repeats):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(program(state, frozen, batch))
+        alone.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for _ in range(2):
+            state, _ = program(state, frozen, batch)
+        jax.block_until_ready(state)
+        chained.append((time.perf_counter() - began) / 2)
+    seconds, tokens = statistics.median(chained), asked.batch * (asked.prompt + asked.slots)
+    flops = model_flops(name, pair, asked)
+    return {
+        "update": name,
+        "compile_seconds": compile_seconds,
+        "seconds": seconds,
+        "gap": statistics.median(a - b for a, b in zip(alone, chained, strict=True)),
+        "tokens_per_s": tokens / seconds,
+        "flops": flops,
+        "mfu": flops / seconds / asked.rate,
+    }
+
+
+def model_flops(name: str, pair: models.Pair, asked: argparse.Namespace) -> float:
+    """FLOPs of an update: student forward and backward, and the teacher's head."""
+    slots, answers = asked.prompt + asked.slots, asked.batch * asked.slots
+    c = pair.student
+    trunk = sum(x.size for x in jax.tree.leaves(pair.params["layers"]) if x.ndim > 2)
+    scores = 2 * c.layers * c.heads * c.head_dim * slots / 2  # a causal query sees half of them
+    forward = 2 * asked.batch * slots * (trunk + scores) + 2 * answers * _head(c, pair.vocab)
+    teacher = 2 * answers * _head(pair.teacher, pair.vocab) if name == "minillm" else 0
+    return 3 * forward + teacher
+
+
+def _head(config: DecoderConfig, vocab: int) -> int:
+    return config.embed_width * vocab
+
+
+def _state(pair: models.Pair, optimizer: Any) -> TrainState:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shapes = abstract_params(pair.student)
+    homes = tree_shardings(shapes, logical_axes(pair.student), mesh)
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), pair.params)  # it is donated
+    return init_state(params, optimizer, abstract_state(shapes, homes, optimizer, mesh))
+
+
+def _rows(pair: models.Pair, asked: argparse.Namespace) -> Sequences:
+    given = models.prompts(asked.batch, asked.prompt, pair.vocab)
+    answers = models.prompts(asked.batch, asked.slots, pair.vocab)
+    return given.replace(response=answers.prompt, response_mask=answers.prompt_mask)
+
+
+def _rollout(pair: models.Pair, asked: argparse.Namespace) -> Rollout:
+    rows = _rows(pair, asked)
+    guess = jnp.full(rows.response.shape, -3.0)
+    shape = (*rows.response.shape, pair.teacher.embed_width)
+    hidden = jax.random.normal(jax.random.key(4), shape, asked.dtype)
+    return Rollout(
+        rows.prompt, rows.prompt_mask, rows.response, rows.response_mask,
+        log_q=guess, log_p=guess, log_mix=guess, teacher_hidden=hidden,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -112,11 +112,12 @@ def test_the_student_writes_as_often_as_lambda_says_and_is_then_what_is_read():
         assert metrics["tokens"] == rows.prompt_mask.sum() + rows.response_mask.sum()
 
 
-def test_distillm_fills_its_buffer_and_then_draws_from_it():
-    """phi = 1 of 10 updates: all write until 20 rows are kept, then ever fewer."""
-    replay = Replay(capacity=20, steps=10)
-    made = method("skew_forward_kl", 1.0, replay)
+def test_distillm_fills_its_buffer_and_draws_from_it_while_taid_moves_its_teacher():
+    """phi = 1 of 10 updates: all write until 20 rows are kept, then ever fewer. TAID's t moves."""
+    replay, schedule = Replay(capacity=20, steps=10), Schedule(steps=10, start=0.4)
+    made = method("interpolated_kl", 1.0, replay, schedule)
     state, seen, writers, read = start(made), [], [], reader(who_writes(1.0, replay))
+    advance, progress = jax.jit(schedule.advance), schedule.begin()
     for step in range(10):
         before = jax.tree.map(np.array, state.memory["replay"])
         rows, after, who = read(state.params, before, key_of(step), jnp.int32(step))
@@ -135,6 +136,10 @@ def test_distillm_fills_its_buffer_and_then_draws_from_it():
             assert all(row.tolist() in seen for row in np.asarray(rows.response))
             np.testing.assert_array_equal(kept.written, before.written)
         assert metrics["on_policy"] == 1.0 and metrics["threshold"] == 1.0
+        assert float(metrics["t"]) == float(progress.t)
+        progress = advance(progress, metrics["divergence"], jnp.int32(step))
+        chex.assert_trees_all_close(state.memory["taid"], progress, rtol=1e-6)
+    assert float(progress.t) > 0.9
     assert set(writers) == {1, 2} and writers[:3] == [1, 1, 1]
 
 
@@ -150,18 +155,6 @@ def test_a_loss_that_rises_raises_the_threshold():
     for loss in range(3, 20):
         state = made.observe(state, {"loss": float(loss)})
     assert float(state.memory["replay"].threshold) == 1.0
-
-
-def test_taid_moves_its_teacher():
-    schedule = Schedule(steps=4, start=0.4)
-    made = method("interpolated_kl", taid=schedule)
-    state, progress = start(made), schedule.begin()
-    for step in range(3):
-        state, metrics = made.update(state, P, batch())
-        assert float(metrics["t"]) == float(progress.t)
-        progress = schedule.advance(progress, metrics["divergence"], jnp.int32(step))
-        chex.assert_trees_all_close(state.memory["taid"], progress, rtol=1e-6)
-    assert float(progress.t) > 0.4
 
 
 def test_a_share_that_is_none_is_refused():

@@ -4,7 +4,7 @@ GKD (Agarwal et al., arXiv 2306.13649, algorithm 1): with probability `share` (i
 student answers the prompts of the batch, else the given answers are taken. Nothing flows back
 through the sampling.
 
-DistiLLM (Ko et al., arXiv 2402.03898, section 3.2 and its code) keeps what the student wrote and
+DistiLLM (Ko et al., arXiv 2402.03898, as in its code) keeps what the student wrote and
 raises the probability only when it is needed. With r uniform and the threshold phi, per update:
 
     r < phi (1 - step / steps), or r < phi while the buffer fills    the student writes; it is kept

@@ -43,7 +43,6 @@ def _without(what: str, **fixed: Any) -> Entry:
     return Entry(f"MiniLLM without {what}", "minillm", "sft", fixed=settings)
 
 
-_DISTILLM = {"start": "sft", "replay": 1000}
 METHODS: dict[str, Entry] = {
     "minillm": Entry("Gu et al., arXiv 2306.08543", "minillm", "sft"),
     "sft": Entry("cross-entropy on the answers", "sft"),
@@ -60,8 +59,8 @@ METHODS: dict[str, Entry] = {
     ),
     "skew_kl": by("skew_forward_kl", "Ko et al., arXiv 2402.03898"),
     "skew_reverse_kl": by("skew_reverse_kl", "Ko et al., arXiv 2402.03898"),
-    "distillm": by("skew_forward_kl", "Ko et al., arXiv 2402.03898", **_DISTILLM),
-    "distillm_srkl": by("skew_reverse_kl", "Ko et al., arXiv 2402.03898", **_DISTILLM),
+    "distillm": by("skew_forward_kl", "Ko et al., arXiv 2402.03898", "sft", replay=1000),
+    "distillm_srkl": by("skew_reverse_kl", "Ko et al., arXiv 2402.03898", "sft", replay=1000),
     "tvd": by("total_variation", "Wen et al., arXiv 2307.15190"),
     "akl": by("adaptive_kl", "Wu et al., arXiv 2404.02657"),
     "taid": by("interpolated_kl", "Shing et al., arXiv 2501.16937"),

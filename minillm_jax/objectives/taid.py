@@ -1,6 +1,6 @@
 """TAID: a teacher that begins near the student and moves away (Shing et al., arXiv 2501.16937).
 
-    p_t = softmax((1 - t) z_q + t z_p)      loss = KL[p_t || q], p_t without gradient   (eq. 3, 4)
+    p_t = softmax((1 - t) z_q + t z_p)      loss = KL[p_t || q], p_t without gradient
 
 t rises from `start` to 1: at least as fast as the updates go by, and faster while the loss falls.
 """
@@ -36,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How t rises over `steps` updates (the paper's section 3.2 and the defaults of its code).
+    """How t rises over `steps` updates (with the defaults of its code).
 
         m <- beta m + (1 - beta) (previous - loss) / previous
         t <- min(1, max(start + (1 - start) step / steps, t + alpha sigmoid(m) (1 - t)))

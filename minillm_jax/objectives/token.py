@@ -95,7 +95,7 @@ def total_variation(logits_q: Array, logits_p: Array) -> jax.Array:
 
 
 def adaptive_kl(logits_q: Array, logits_p: Array, mu: float) -> jax.Array:
-    """(g_h KL[p || q] + g_t KL[q || p]) / (g_h + g_t) (AKL, arXiv 2404.02657, eq. 15 to 17).
+    """(g_h KL[p || q] + g_t KL[q || p]) / (g_h + g_t) (AKL, arXiv 2404.02657).
 
     g_h is sum_v |p_v - q_v| over the head of p, g_t that over its tail; both are weights, without
     gradient. The head is the most probable ids whose mass together is at most `mu`, and always the

@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from minillm_jax.reporting import comparison
 from minillm_jax.reporting.writers import MetricsWriter, read_json, read_rows, write_json
 
 COLUMNS = (
@@ -135,38 +136,20 @@ def _run(workdir: Path, metrics: MetricsWriter):
 
 def tabulate(seeds: list[dict]) -> dict:
     """Mean and standard deviation over seeds, and MiniLLM's reverse KL against both baselines."""
-    table: dict = {"seeds": len(seeds), "models": {}, "reduction": {}}
-    for model in MODELS:
-        table["models"][model] = {
-            column: spread(
-                [run[model][column] for run in seeds if run[model].get(column) is not None]
-            )
-            for column in COLUMNS
-        }
+    figures = [{model: run[model] for model in MODELS} for run in seeds]
+    models = comparison.tabulate(figures, COLUMNS)
+    table: dict = {"seeds": len(seeds), "models": models, "reduction": {}}
     for base in ("sft", *CONTROLS):
         ratios = [1 - run["minillm"]["reverse_kl"] / run[base]["reverse_kl"] for run in seeds]
-        table["reduction"][base] = spread(ratios) | {"each": ratios}
+        table["reduction"][base] = comparison.spread(ratios)
     return table
-
-
-def spread(values: list[float]) -> dict:
-    """Mean and sample standard deviation; empty without values."""
-    if not values:
-        return {}
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-    }
 
 
 def as_text(table: dict) -> str:
     """The table for a terminal and, as it stands, for Markdown."""
-    lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for model, row in table["models"].items():
-        cells = [f"{c['mean']:.3f} ± {c['std']:.3f}" if c else "" for c in row.values()]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    lines = [comparison.as_text(table["models"], COLUMNS)]
     for base, value in table["reduction"].items():
-        each = ", ".join(f"{100 * one:.1f} %" for one in value["each"])
+        each = ", ".join(f"{100 * one:.1f} %" for one in value["values"])
         lines.append(
             f"reverse KL of minillm below {base}: {100 * value['mean']:.1f} ± "
             f"{100 * value['std']:.1f} % (seeds: {each})"

@@ -8,7 +8,9 @@ written here: they come from the models' own `config.json` or GGUF header.
 import ml_collections
 from ml_collections import config_dict
 
-METHODS = ("minillm", "sft", "kd", "seqkd")
+from minillm_jax.methods import registry
+
+METHODS = tuple(registry.METHODS)
 
 
 def base() -> ml_collections.ConfigDict:
@@ -16,8 +18,8 @@ def base() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.name = ""
     config.seed = 0
-    config.method = "minillm"  # or a baseline: sft, kd (word-level), seqkd (sequence-level)
-    config.dropout = False  # the models' own rates in SFT, KD and SeqKD; never in MiniLLM
+    config.method = "minillm"  # or another of minillm_jax/methods/registry.py
+    config.dropout = False  # the models' own rates, of all methods but MiniLLM
     # How whole sequences are read: auto (cuDNN's kernel on NVIDIA GPUs, Splash on TPUs, where these
     # can), xla, cudnn, splash. Decoding is always plain XLA.
     config.attention = "auto"
@@ -35,7 +37,7 @@ def base() -> ml_collections.ConfigDict:
 
     config.student = ml_collections.ConfigDict()
     config.student.path = ""  # empty: made of the teacher's own layers
-    config.student.fine_tuned = ""  # a student to start MiniLLM from: no stage student_sft
+    config.student.fine_tuned = ""  # for methods that start from SFT: no stage student_sft
     config.student.keep_layers = ()  # which layers, from 0; () keeps all
     config.student.dtype = "float32"  # of the arithmetic; parameters are float32
 
@@ -75,7 +77,16 @@ def base() -> ml_collections.ConfigDict:
     config.distill.batch_size = 64
     config.distill.evaluate_every = 100
     config.distill.keep = "reverse_kl"
-    config.distill.kd_ratio = 0.0  # kd, seqkd: share of the teacher's distribution in the loss
+    # All methods but MiniLLM. None: as the method has it (minillm_jax/methods/registry.py).
+    config.distill.kd_ratio = config_dict.placeholder(float)  # the teacher's share of the loss
+    config.distill.answers = config_dict.placeholder(str)  # given ones: teacher, or data
+    config.distill.cache_teacher = False  # read given answers once and keep its hidden states
+    # Those made of a divergence: its name and parameter (minillm_jax/objectives/divergences.py),
+    # the share of updates on the student's own answers, and how many of those are kept (0: none).
+    config.distill.divergence = config_dict.placeholder(str)
+    config.distill.parameter = config_dict.placeholder(float)
+    config.distill.on_policy = config_dict.placeholder(float)
+    config.distill.replay = config_dict.placeholder(int)
     # MiniLLM alone, from here on.
     config.distill.rollouts = 256  # responses per collection
     config.distill.collect_batch = 0  # most of them written at once, over all devices; 0: all

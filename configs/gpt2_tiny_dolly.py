@@ -12,6 +12,7 @@ file's name. The data is dolly from the Hub, divided as the paper's, or local:
 
 from configs.common import base
 from configs.paper import DOLLY, arguments, shared, tiny
+from minillm_jax.methods import registry
 
 TEACHER, STUDENT = "gpt2-4x128", "gpt2-2x64"
 
@@ -44,7 +45,7 @@ def get_config(arg: str = ""):
     config.sft.warmup, config.sft.schedule = 10, "cosine"
     config.sft.weight_decay, config.sft.b2 = 1e-2, 0.999
 
-    if method == "minillm":
+    if registry.find(method).kind == "minillm":
         config.distill.steps, config.distill.evaluate_every = 64, 16
         config.distill.batch_size, config.distill.rollouts = 16, 64
         config.distill.inner_epochs = 1
@@ -57,7 +58,6 @@ def get_config(arg: str = ""):
         config.distill.batch_size, config.distill.learning_rate = 16, 3e-3
         config.distill.warmup, config.distill.keep = 10, "loss"
         config.distill.weight_decay, config.distill.b2 = 1e-2, 0.999
-        config.distill.kd_ratio = 0.5 if method == "kd" else 0.0
     config.distill.schedule = "cosine"
     if small:
         tiny(config, "gpt2", "gpt2")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.common import METHODS, base
+from minillm_jax.methods import registry
 
 DOLLY = "hub:databricks/databricks-dolly-15k"
 # The paper's corpus for GPT-2. That of OPT and LLaMA was never released as text; its authors say
@@ -94,13 +95,10 @@ def pair(
     # SFT as in the reference: AdamW (0.9, 0.999), cosine without warm-up, decay 1e-2.
     for stage, side in ((config.teacher_sft, teacher), (config.sft, student)):
         fine_tuning(stage, side)
-    if method == "minillm":  # only the start: 3 epochs, and of those the lowest loss
+    if registry.find(method).start == "sft":  # 3 epochs before it, and of those the lowest loss
         config.sft.epochs, config.sft.keep = 3.0, "loss"
-    if method in ("kd", "seqkd"):  # the rates and epochs of SFT, from the pre-trained student
+    if registry.find(method).kind in ("kd", "divergence"):  # the rates and epochs of SFT
         fine_tuning(config.distill, student)
-        # Half of the loss is the teacher's distribution. SeqKD of the paper is plain SFT on the
-        # teacher's text; the reference has 0.5 there as well.
-        config.distill.kd_ratio = 0.5 if method == "kd" else 0.0
     else:
         minillm(config.distill, student, schedule)
         config.corpus.files = (CORPUS,)
@@ -185,7 +183,7 @@ def tiny(config: Any, teacher: str, student: str) -> None:
         stage.evaluate_every = 2
     config.teacher_sft.epochs = 1.0
     config.sft.warmup, config.distill.warmup, config.distill.save_every = 0, 1, 2
-    if config.method == "minillm":
+    if registry.find(config.method).kind == "minillm":
         config.distill.steps, config.distill.rollouts, config.distill.inner_epochs = 4, 16, 1
         config.distill.collect_batch = 8
     if config.corpus.files:

@@ -1,7 +1,8 @@
-"""The reader of the configuration: from a ConfigDict to models, data, methods, schedules.
+"""The reader of the configuration: from a ConfigDict to models, data, schedules.
 
 `check` says which settings cannot be right, `recipe` and `dataset` are the parts for training
-sections and for data. Below these files there are frozen dataclasses and keyword arguments.
+sections and for data, `assemble` makes the methods. Below these files there are frozen dataclasses
+and keyword arguments.
 """
 
 import dataclasses
@@ -18,16 +19,15 @@ from minillm_jax.axes import AXIS_RULES, TENSOR_RULES
 from minillm_jax.check import check, check_ids, check_slots
 from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from minillm_jax.dataset import SPLITS, Data
-from minillm_jax.methods import Method, kd, minillm, sft
-from minillm_jax.methods.corpus import CorpusLoss
+from minillm_jax.methods import registry
 from minillm_jax.modelfiles import Model
 from minillm_jax.models import DecoderConfig, abstract_params, logical_axes
 from minillm_jax.models.fetch import resolve
 from minillm_jax.models.hf import Stored, open_model
 from minillm_jax.models.placing import take_layers
-from minillm_jax.rollout import Mixing, Warp
+from minillm_jax.rollout import Warp
 from minillm_jax.sharding import make_mesh, tree_shardings
-from minillm_jax.train_state import TrainState, abstract_state, state_shardings
+from minillm_jax.train_state import TrainState, abstract_state
 from minillm_jax.trainer import Schedule
 
 SECTIONS = {"teacher_sft": "teacher_sft", "student_sft": "sft", "distill": "distill"}  # of stages
@@ -41,7 +41,7 @@ class Builder:
 
         `workdir` is for models and texts made from scratch; `devices` are, by default, all here.
         """
-        self.config = config
+        self.config = config = registry.resolved(config)
         self.seed = int(config.seed)
         self.workdir = workdir
         self.mesh = make_mesh(**config.mesh, devices=devices)
@@ -179,9 +179,12 @@ class Builder:
         Raises:
             InputError: rows, prompts, vocabularies or weights that do not fit.
         """
+        o = self.outline
         for split in SPLITS:
-            if self.outline.answers == "data" or (self.outline.tunes_teacher and split != "test"):
+            if o.answers == "data" or (o.tunes_teacher and split != "test"):
                 self.data.gold(split)
+        if o.given == "data" and not o.policy_gradient and "distill" in stages:
+            self.data.gold("train")
         self.data.more_tests()
         ids = (max(prompt.prompt) for split in SPLITS for prompt in self.data.prompts(split))
         largest = max(self.tokenizer.eos_id, *ids)
@@ -196,7 +199,7 @@ class Builder:
                 exact = {"steps": self.schedule(name).steps, "epochs": 0.0}
                 recipe.judge(name, {**self.section(name), **exact}, self.ways)
         # Last, for it may take long, and keeps what it has read.
-        if self.outline.method == "minillm" and "distill" in stages:
+        if self.outline.policy_gradient and "distill" in stages:
             self.data.corpus()
 
     @functools.cached_property
@@ -214,15 +217,21 @@ class Builder:
         section = self.section(name)
         if examples is None:
             examples = self._learns_from(name) if section["epochs"] else 0
-        on_policy = name == "distill" and self.outline.method == "minillm"
+        on_policy = name == "distill" and self.outline.policy_gradient
         return recipe.schedule(section, examples, on_policy=on_policy)
 
     def _learns_from(self, name: str) -> int:
-        by_teacher = name == "distill" and self.outline.method == "seqkd"
-        if name == "teacher_sft" or (self.outline.answers == "data" and not by_teacher):
+        source = self.outline.given if name == "distill" else self.outline.answers
+        if name == "teacher_sft" or source == "data":
             return len(self.data.gold("train"))
         asked = len(self.data.prompts("train"))
         return min(asked, self.config.answers.limit or asked)
+
+    def answer_slots(self) -> int:
+        """Response slots of the answers that `distill` is given."""
+        if self.outline.given == "teacher":
+            return self.config.data.max_response
+        return self.data.padding(self.data.gold("train"))["response_slots"]
 
     def micro_batches(self, name: str) -> int:
         """Parts of an update, so that no device takes more than `micro_batch` rows at once."""
@@ -233,75 +242,14 @@ class Builder:
         """AdamW of a stage and its learning rate by update."""
         return recipe.optimizer(self.section(name), self.schedule(name).steps)
 
-    def sft(self, model: DecoderConfig | None = None, name: str = "sft") -> Method:
-        """Supervised fine-tuning of the student, or of another model."""
-        model = model or self.student_checkpoint.config
-        return sft.method(
-            model,
-            *self.optimizer(name),
-            vocab=self.vocab,
-            **self._given_answers,
-            **self._common(model, name),
-        )
+    def abstract_state(self, model: DecoderConfig, name: str, memory: Any = ()) -> TrainState:
+        """The state of training `model` in a section: shapes, dtypes and shardings, no arrays.
 
-    def kd(self) -> Method:
-        """Word-level KD."""
-        return kd.method(
-            *self._models(),
-            *self.optimizer("distill"),
-            vocab=self.vocab,
-            kd_ratio=self.config.distill.kd_ratio,
-            teacher_dtype=self.config.teacher.dtype,
-            **self._given_answers,
-            **self._common(self.student_checkpoint.config, "distill"),
-        )
-
-    def minillm(self) -> Method:
-        """MiniLLM."""
-        c = self.config.corpus
-        return minillm.method(
-            *self._models(),
-            *self.optimizer("distill"),
-            policy=recipe.policy(self.section("distill")),
-            mixing=self.mixing(),
-            collect_batch=self.config.distill.collect_batch,
-            corpus=CorpusLoss(c.coefficient, c.kd_ratio) if c.files and c.coefficient else None,
-            **self._common(self.student_checkpoint.config, "distill"),
-        )
-
-    @property
-    def _given_answers(self) -> dict[str, Any]:
-        seed = self.seed if self.config.dropout else None  # of the models' own dropout
-        return {"dropout_seed": seed, "max_tokens": self.data.max_tokens}
-
-    def _models(self) -> tuple[DecoderConfig, DecoderConfig]:
-        return self.student_checkpoint.config, self.teacher_config
-
-    def abstract_state(self, model: DecoderConfig, name: str) -> TrainState:
-        """The state of training `model` in a section: shapes, dtypes and shardings, no arrays."""
+        `memory` is what the method remembers.
+        """
         optimizer, _ = self.optimizer(name)
-        return abstract_state(abstract_params(model), self.shardings(model), optimizer, self.mesh)
-
-    def _common(self, model: DecoderConfig, name: str) -> dict[str, Any]:
-        return {
-            "micro_batches": self.micro_batches(name),
-            "dtype": self.config.student.dtype,
-            "remat": self.section(name)["remat"],
-            "shardings": state_shardings(self.abstract_state(model, name)),
-        }
-
-    def mixing(self) -> Mixing:
-        """Teacher-mixed sampling."""
-        c = self.config.distill
-        return Mixing(
-            slots=self.config.data.max_response,
-            alpha=c.alpha,
-            chunk=min(c.chunk, self.config.data.max_response),
-            eos_id=self.tokenizer.eos_id,
-            pad_id=self.tokenizer.pad_id,
-            vocab=self.vocab,
-            dtype=self.config.student.dtype,
-        )
+        shapes, places = abstract_params(model), self.shardings(model)
+        return abstract_state(shapes, places, optimizer, self.mesh, memory)
 
     def arithmetic(self, model: Model) -> str:
         """The dtype in which a model reads and writes."""

@@ -3,7 +3,10 @@
 from typing import Any
 
 from minillm_jax.data.templates import TEMPLATES
+from minillm_jax.methods import registry
+from minillm_jax.methods.registry import Entry
 from minillm_jax.models.fetch import is_remote, resolve
+from minillm_jax.objectives import divergences
 from minillm_jax.scratch import PREFIX
 from minillm_jax.types import InputError
 
@@ -31,10 +34,10 @@ _REMAT = {f"{stage}.remat": ("none", "dots", "full") for stage in _SECTIONS}
 _KEEP = ("loss", "rouge_l", "reverse_kl")
 _CHOICES = {
     "attention": ("auto", "xla", "cudnn", "splash"),
-    "method": ("minillm", "sft", "kd", "seqkd"),
     "data.template": TEMPLATES,
     "data.long_prompts": ("error", "drop"),
     "answers.source": ("teacher", "data"),
+    "distill.answers": ("teacher", "data"),
     "teacher.dtype": ("float32", "bfloat16"),
     "student.dtype": ("float32", "bfloat16", "float16"),
     "teacher_sft.keep": _KEEP[:2],
@@ -56,32 +59,23 @@ def check(config: Any, ways: int = 1) -> None:
             raise InputError(f"config.{name}={value}: give a number of at least {least}")
     for name, allowed in _CHOICES.items():
         value = _setting(config, name)
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise InputError(f"config.{name}={value!r}: choose from {', '.join(allowed)}")
     for stage in ("sft", "distill"):
         c = config[stage]
         if not 0 <= c.b2 < 1:
             raise InputError(f"config.{stage}.b2={c.b2}: give a number from 0 to below 1")
     d = config.distill
-    if config.method == "minillm" and d.rollouts % d.batch_size:
-        raise InputError(
-            f"config.distill.rollouts={d.rollouts} is not a multiple of "
-            f"config.distill.batch_size={d.batch_size}: change one of them"
-        )
-    if config.method == "minillm" and d.collect_batch and d.rollouts % d.collect_batch:
-        raise InputError(
-            f"config.distill.rollouts={d.rollouts} is not a multiple of "
-            f"config.distill.collect_batch={d.collect_batch}: change one of them"
-        )
-    if config.method == "minillm" and d.rollouts % ways:
-        raise InputError(
-            f"config.distill.rollouts={d.rollouts} does not split over {ways} devices: make it a "
-            f"multiple of {ways}"
-        )
+    entry = registry.find(config.method)
+    if entry.kind == "minillm":
+        _check_collection(d, ways)
+    if entry.kind == "divergence":
+        _check_divergence(config)
+    check_learning(config, entry)
     if not 0.0 <= d.alpha <= 1.0:
         raise InputError(f"config.distill.alpha={d.alpha}: the teacher's share is between 0 and 1")
     for name, ratio in (("distill", d.kd_ratio), ("corpus", config.corpus.kd_ratio)):
-        if not 0.0 <= ratio <= 1.0:
+        if ratio is not None and not 0.0 <= ratio <= 1.0:
             raise InputError(
                 f"config.{name}.kd_ratio={ratio}: the teacher's share is between 0 and 1"
             )
@@ -92,10 +86,10 @@ def check(config: Any, ways: int = 1) -> None:
         )
     if not (config.teacher.path or config.teacher.fine_tuned):
         raise InputError("config.teacher.path is empty: give an HF folder or a GGUF file")
-    if config.student.fine_tuned and config.method != "minillm":
+    if config.student.fine_tuned and entry.start != "sft":
         raise InputError(
-            f"config.student.fine_tuned is where minillm starts, and config.method="
-            f"{config.method!r}: give the student as config.student.path"
+            f"config.student.fine_tuned is for methods that start from SFT, which config.method="
+            f"{config.method!r} does not: give the student as config.student.path"
         )
     for name in ("teacher", "student"):
         for path in (config[name].path, config[name].fine_tuned):
@@ -109,6 +103,84 @@ def check(config: Any, ways: int = 1) -> None:
     if not all(isinstance(layer, int) and layer >= 0 for layer in kept):
         raise InputError(
             f"config.student.keep_layers={tuple(kept)}: give numbers of layers, such as '(0, 1, 3)'"
+        )
+
+
+def _check_collection(d: Any, ways: int) -> None:
+    if d.rollouts % d.batch_size:
+        raise InputError(
+            f"config.distill.rollouts={d.rollouts} is not a multiple of "
+            f"config.distill.batch_size={d.batch_size}: change one of them"
+        )
+    if d.collect_batch and d.rollouts % d.collect_batch:
+        raise InputError(
+            f"config.distill.rollouts={d.rollouts} is not a multiple of "
+            f"config.distill.collect_batch={d.collect_batch}: change one of them"
+        )
+    if d.rollouts % ways:
+        raise InputError(
+            f"config.distill.rollouts={d.rollouts} does not split over {ways} devices: make it a "
+            f"multiple of {ways}"
+        )
+
+
+def _check_divergence(config: Any) -> None:
+    d = config.distill
+    try:
+        divergences.find(d.divergence).checked(d.divergence, d.parameter)
+    except InputError as error:
+        raise InputError(f"config.distill.{error}") from error
+    if not 0.0 <= d.on_policy <= 1.0:
+        raise InputError(
+            f"config.distill.on_policy={d.on_policy}: the student's share is between 0 and 1"
+        )
+    if d.replay and d.replay < d.batch_size:
+        raise InputError(
+            f"config.distill.replay={d.replay}: keep at least the answers of one update, "
+            f"config.distill.batch_size={d.batch_size}"
+        )
+
+
+def check_learning(config: Any, entry: Entry) -> None:
+    """Refuse settings with which no update moves the student towards the teacher.
+
+    Raises:
+        InputError: naming the setting and the cure.
+    """
+    d, own = config.distill, "sft" in (entry.start, entry.kind) and not config.student.fine_tuned
+    for name in ("sft",) * own + ("distill",) * (entry.kind != "sft"):
+        if config[name].learning_rate == 0:
+            raise InputError(f"config.{name}.learning_rate=0: nothing is learnt at it, raise it")
+    # SeqKD's teacher is in the answers.
+    if entry.kind in ("kd", "divergence") and not d.kd_ratio and d.answers != "teacher":
+        raise InputError(
+            f"config.distill.kd_ratio=0 leaves the teacher out of {config.method}: raise it, or "
+            "use --config.method=sft"
+        )
+    if entry.kind == "divergence" and d.kd_ratio < 1 and (d.on_policy or d.replay):
+        raise InputError(
+            f"config.distill.kd_ratio={d.kd_ratio} with answers of the student's own: the "
+            "cross-entropy of what it wrote itself only makes it surer of that; set it to 1, or "
+            "config.distill.on_policy and replay to 0"
+        )
+    reads = entry.kind in ("kd", "divergence") and d.kd_ratio
+    if d.cache_teacher and (not reads or d.on_policy or d.replay):
+        raise InputError(
+            f"config.distill.cache_teacher=True: {config.method} does not meet the teacher on "
+            "given answers alone, so nothing can be kept; set it to False"
+        )
+    copy = not (config.student.path or config.student.fine_tuned or config.student.keep_layers)
+    if entry.kind == "divergence" and entry.start == "base" and copy:
+        if config.teacher.temperature == 1 and d.kd_ratio == 1:
+            raise InputError(
+                f"the student is the teacher itself, so {config.method} has nothing to teach: give "
+                "config.student.path, or leave out layers by config.student.keep_layers"
+            )
+    late = d.estimator != "lmops" and (config.data.max_response == 1)
+    if entry.kind == "minillm" and d.single_step is False and late:
+        raise InputError(
+            "config.distill.single_step=False with config.data.max_response=1: the long-term term "
+            "begins at the second token, so there is none; allow longer answers"
         )
 
 

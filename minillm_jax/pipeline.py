@@ -108,20 +108,19 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
             if is_done(workdir, stages, stage) and stage != "report":
                 print(f"{stage}: done, in {run.folder(stage)}", file=hosts.log())
                 continue
-            run_stage(run, stage)
+            run_stage(run, stage, stages[stage])
             if stage == "teacher_sft":
                 build.follow(tuned)
     if "report" in chosen:
         print(f"report: {workdir / 'report.html'}", file=hosts.log())
 
 
-def run_stage(run: Run, stage: str) -> None:
-    """Run one stage, from its last checkpoint if it was cut short on the same inputs.
+def run_stage(run: Run, stage: str, this: Stage) -> None:
+    """Run a stage of that name, from its last checkpoint if it was cut short on the same inputs.
 
     Raises:
         InputError: the training cannot go on, or there is no space for it.
     """
-    this = planned(run.build).stages[stage]
     folder, inputs = run.folder(stage), _inputs(run.workdir, this)
     mark = folder / "started.json"
     if not (mark.exists() and read_json(mark)["inputs"] == inputs):
@@ -131,7 +130,7 @@ def run_stage(run: Run, stage: str) -> None:
     if this.section:
         if hosts.is_main():
             recover(run.model(stage))
-        check_space(run, stage)
+        check_space(run, stage, this.section)
     write_json(mark, {"inputs": inputs})
     if hosts.is_main():
         (folder / "done.json").unlink(missing_ok=True)
@@ -169,8 +168,8 @@ def check_inputs(workdir: Path, stages: Mapping[str, Stage], to_do: Sequence[str
                 )
 
 
-def check_space(run: Run, stage: str) -> None:
-    """Refuse a training stage for which the disk is too small, before it begins.
+def check_space(run: Run, stage: str, section: str) -> None:
+    """Refuse a stage that trains by a section for which the disk is too small, before it begins.
 
     Beside the chosen student its successor is written, and beside a checkpoint (parameters and
     two moments) the next one.
@@ -178,7 +177,7 @@ def check_space(run: Run, stage: str) -> None:
     Raises:
         InputError: with what is needed and what there is.
     """
-    schedule = run.build.schedule(planned(run.build).stages[stage].section)
+    schedule = run.build.schedule(section)
     build = run.build
     held = build.teacher_checkpoint if stage == "teacher_sft" else build.student_checkpoint
     leaves = jax.tree.leaves(abstract_params(held.config))

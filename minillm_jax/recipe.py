@@ -10,6 +10,8 @@ from typing import Any
 import optax
 
 from minillm_jax import optim
+from minillm_jax.methods import registry
+from minillm_jax.methods.registry import Entry
 from minillm_jax.objectives.policy import PRESETS, Policy
 from minillm_jax.trainer import Schedule
 from minillm_jax.types import InputError
@@ -32,10 +34,29 @@ class Outline:
     fine_tuned_teacher: str
     fine_tuned_student: str
     student_of_teacher: bool  # made of the teacher's layers
+    given: str  # teacher or data: who wrote what `distill` learns from, where it reads answers
+    caches: bool  # whether what the teacher says of given answers is kept on disk
+    needs_teacher: bool  # whether its loss has the teacher's distribution in it
+
+    @property
+    def entry(self) -> Entry:
+        """What the method is."""
+        return registry.find(self.method)
+
+    @property
+    def policy_gradient(self) -> bool:
+        """Whether `distill` collects responses, and reads no given ones."""
+        return self.entry.kind == "minillm"
+
+    @property
+    def by_teacher(self) -> bool:
+        """Whether the teacher writes answers, for any stage."""
+        reads = self.entry.kind in ("kd", "divergence")
+        return self.answers == "teacher" or (reads and self.given == "teacher")
 
 
 def outline(config: Any) -> Outline:
-    """The outline of an experiment, from its whole config."""
+    """The outline of an experiment, from its whole config, resolved."""
     return Outline(
         method=config.method,
         answers=config.answers.source,
@@ -43,6 +64,11 @@ def outline(config: Any) -> Outline:
         fine_tuned_teacher=config.teacher.fine_tuned,
         fine_tuned_student=config.student.fine_tuned,
         student_of_teacher=not (config.student.path or config.student.fine_tuned),
+        given=config.distill.answers or config.answers.source,
+        caches=config.distill.cache_teacher,
+        needs_teacher=not (
+            registry.find(config.method).kind == "kd" and not config.distill.kd_ratio
+        ),
     )
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from minillm_jax.optim import all_finite
-from minillm_jax.sharding import replicated
+from minillm_jax.sharding import place, replicated
 from minillm_jax.types import Params
 
 
@@ -33,6 +33,7 @@ class TrainState:
     opt_state: Any
     skipped: jax.Array  # int32, updates refused since the start
     consecutive_skipped: jax.Array  # int32, of those the ones since the last good update
+    memory: Any = ()  # what the method remembers from update to update, whole on every device
 
     def apply_gradients(
         self, optimizer: optax.GradientTransformation, grads: Params, loss: ArrayLike
@@ -57,12 +58,17 @@ class TrainState:
             opt_state=jax.tree.map(keep, opt_state, self.opt_state),
             skipped=self.skipped + skip,
             consecutive_skipped=(self.consecutive_skipped + 1) * skip,
+            memory=self.memory,
         )
         return state, {"grad_norm": optax.tree.norm(grads), "skipped": skip}
 
 
 def abstract_state(
-    abstract_params: Params, by_param: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+    abstract_params: Params,
+    by_param: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    memory: Any = (),
 ) -> TrainState:
     """Describe the state of `abstract_params`, laid out `by_param`, a sharding on every leaf.
 
@@ -80,11 +86,15 @@ def abstract_state(
         opt_state=opt_state,
         skipped=counter,
         consecutive_skipped=counter,
+        memory=jax.tree.map(lambda leaf: _on(leaf, whole), memory),
     )
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, abstract: TrainState
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    memory: Any = (),
 ) -> TrainState:
     """Return the state at step 0 around `params`, made with the shardings of `abstract`.
 
@@ -104,6 +114,7 @@ def init_state(
         opt_state=opt_state,
         skipped=skipped,
         consecutive_skipped=consecutive,
+        memory=place(memory, shardings.memory),
     )
 
 

@@ -72,7 +72,7 @@ class Hooks:
     """What the stage does with what the loop produces."""
 
     log: Callable[[int, Mapping[str, float]], None]
-    evaluate: Callable[[int, TrainState], None]
+    evaluate: Callable[[int, TrainState], Mapping[str, float]]
     save: Callable[[int, TrainState, Any], None]  # step, state, rollout or None
 
 
@@ -87,13 +87,16 @@ def fit(
     seed: int,
     corpus: Blocks | None = None,
     rollout: Any = None,
-    seconds: float = float("inf"),
+    tokens: float = float("inf"),
+    spent: int = 0,
     put: Callable[[Any], Any] = lambda batch: batch,
     take: Callable[[Any, np.ndarray], Any] = lambda tree, rows: jax.tree.map(
         lambda leaf: leaf[rows], tree
     ),
 ) -> TrainState:
-    """Train from `state.step` to `schedule.steps`, or for `seconds`, and return the last state.
+    """Train from `state.step` to `schedule.steps` and return the last state.
+
+    It ends before, with an evaluation, once `tokens` have been read, of which `spent` already are.
 
     Args:
         frozen: what the method reads and never changes, such as the teacher.
@@ -108,14 +111,13 @@ def fit(
         TrainingStopped: after `MAX_SKIPPED` non-finite updates in a row.
     """
     key = jax.random.key(seed)
-    started = time.monotonic()
     step = int(state.step)
-    while step < schedule.steps and time.monotonic() - started < seconds:
+    while step < schedule.steps and spent < tokens:
         tick = time.monotonic()
         extra: dict[str, float] = {}
         if method.collect is None:
             batch = batches[step]
-            tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+            read = int(batch.prompt_mask.sum() + batch.response_mask.sum())
             batch = put(batch)
         else:
             round_, place = schedule.place(step)
@@ -127,25 +129,28 @@ def fit(
                 extra["collect_seconds"] = time.monotonic() - tick
                 extra["collect_tokens_per_second"] = drawn / extra["collect_seconds"]
             batch = take(rollout, schedule.rows(step, seed))
-            tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+            read = int(batch.prompt_mask.sum() + batch.response_mask.sum())
         if corpus is not None:
             text = corpus[step]
-            tokens += text.size
+            read += text.size
             batch = batch, put(text)
         state, metrics = method.update(state, frozen, batch)
         step += 1
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values |= extra | {"tokens": tokens}
-        values["tokens_per_second"] = tokens / (time.monotonic() - tick)
+        values = {"tokens": read} | values | extra  # a method that writes knows better
+        spent += int(values["tokens"])
+        values["tokens_per_second"] = values["tokens"] / (time.monotonic() - tick)
         hooks.log(step, values)
         if int(state.consecutive_skipped) >= MAX_SKIPPED:
             raise TrainingStopped(
                 f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; "
                 "lower the learning rate, or look at the data of these steps"
             )
-        last = step == schedule.steps
+        last = step == schedule.steps or spent >= tokens
         if last or step % schedule.evaluate_every == 0:
-            hooks.evaluate(step, state)
+            scores = hooks.evaluate(step, state)
+            if method.observe:
+                state = method.observe(state, scores)
         if not last and step % schedule.save_every == 0:
             more = method.collect is not None and schedule.place(step)[1] != 0
             hooks.save(step, state, rollout if more else None)

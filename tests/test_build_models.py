@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as Spec
 from toy_run import one_device, toy_config
 
+from minillm_jax import assemble
 from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
 from minillm_jax.models import hf, weights
@@ -131,8 +132,8 @@ def test_models_read_no_more_of_a_row_than_prompt_and_answer_have(tmp_path, monk
 
     monkeypatch.setattr(score, "hidden_states", recorded)
     state = builder.abstract_state(builder.student_checkpoint.config, "sft")
-    jax.eval_shape(builder.sft().update, state, None, batch)
-    jax.eval_shape(builder.kd().update, state, builder.teacher.params, batch)
+    jax.eval_shape(assemble.supervised(builder).update, state, None, batch)
+    jax.eval_shape(assemble.word_level(builder).update, state, builder.teacher.params, batch)
     with MetricsWriter(tmp_path) as metrics:
         run = Run(builder, tmp_path, metrics)
         answer_loss(run, builder.data.gold("validation"), builder.student())

@@ -125,7 +125,7 @@ def test_no_config_and_a_setting_before_it(monkeypatch, capsys):
         ("distill.batch_size", 3, "is not a multiple of config.distill.batch_size=3"),
         ("distill.collect_batch", 3, "is not a multiple of config.distill.collect_batch=3"),
         ("distill.collect_batch", -1, "config.distill.collect_batch=-1: give"),
-        ("method", "gkd", "config.method='gkd': choose from minillm, sft, kd, seqkd"),
+        ("method", "dpo", "config.method='dpo': choose from minillm, sft, kd, seqkd, gkd,"),
         ("answers.source", "gold", "config.answers.source='gold': choose from teacher, data"),
         ("answers.source", "data", "train.jsonl:1: no output; give config.data.train a JSONL file"),
         ("teacher_sft.epochs", 1.0, "train.jsonl:1: no output; give config.data.train a JSONL fil"),
@@ -162,10 +162,33 @@ def test_a_setting_that_cannot_be_right(refused, setting, value, says):
     assert says in refused(f"--config.{setting}={value}")
 
 
-def test_a_fine_tuned_student_is_for_minillm(refused, toy):
+def test_a_fine_tuned_student_is_for_methods_that_start_from_sft(refused, toy):
     model = toy.parent / "teacher"
     line = refused("--config.method=kd", f"--config.student.fine_tuned={model}")
-    assert "config.method='kd': give the student as config.student.path" in line
+    assert "config.method='kd' does not: give the student as config.student.path" in line
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "says"),
+    [
+        ("sft", "sft.learning_rate=0", "config.sft.learning_rate=0: nothing is learnt at it"),
+        ("gkd", "distill.learning_rate=0", "config.distill.learning_rate=0: nothing is learnt"),
+        ("kd", "distill.kd_ratio=0", "config.distill.kd_ratio=0 leaves the teacher out of kd"),
+        ("tvd", "distill.kd_ratio=0", "config.distill.kd_ratio=0 leaves the teacher out of tvd"),
+        ("gkd", "distill.kd_ratio=0.5", "the cross-entropy of what it wrote itself only makes it"),
+        ("distillm", "distill.kd_ratio=0.9", "config.distill.kd_ratio=0.9 with answers of the stu"),
+        ("taid", "student.keep_layers=()", "the student is the teacher itself, so taid has nothin"),
+        ("minillm_no_single_step", "data.max_response=1", "term begins at the second token, so th"),
+        ("gkd", "distill.on_policy=1.5", "config.distill.on_policy=1.5: the student's share is b"),
+        ("gkd", "distill.answers=data", "train.jsonl:1: no output; give config.data.train a JSON"),
+        ("gkd", "distill.cache_teacher=True", "gkd does not meet the teacher on given answers al"),
+        ("distillm", "distill.replay=4", "config.distill.replay=4: keep at least the answers of"),
+        ("jsd", "distill.divergence=kl", "config.distill.divergence='kl': choose from forward_kl"),
+        ("jsd", "distill.parameter=2.0", "config.distill.parameter=2.0: beta of jsd lies from 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_learn_is_refused(refused, method, setting, says):
+    assert says in refused(f"--config.method={method}", f"--config.{setting}")
 
 
 def test_the_packaged_prompts_have_no_answers(refused):

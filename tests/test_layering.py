@@ -18,10 +18,10 @@ LAYERS = (
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},
     {
-        "pipeline", "stages", "build", "dataset", "recipe", "scratch", "check", "geometry",
-        "trainer", "checkpoint", "modelfiles", "named", "planning",
+        "pipeline", "comparison", "stages", "build", "assemble", "dataset", "recipe", "scratch",
+        "check", "geometry", "trainer", "checkpoint", "modelfiles", "named", "planning",
     },
-    {"main", "plan", "generate", "export", "program"},
+    {"main", "compare", "plan", "generate", "export", "program"},
 )  # fmt: skip
 PEERLESS = LAYERS[1]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -74,6 +74,7 @@ def _imports(path: str, tree: ast.Module) -> Iterator[str]:
     config_readers = (
         "configs/",
         "minillm_jax/build.py",
+        "minillm_jax/compare.py",
         "minillm_jax/main.py",
         "minillm_jax/plan.py",
     )

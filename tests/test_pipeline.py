@@ -329,7 +329,7 @@ def test_needed_space_is_that_of_two_models_and_the_checkpoints_in_flight(copy, 
         usage = namedtuple("usage", "total used free")(10**9, 0, free)
         monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
         run = pipeline.Run(pipeline.Builder(config), workdir, None)  # type: ignore[arg-type]
-        pipeline.check_space(run, "distill")
+        pipeline.check_space(run, "distill", "distill")
 
     with_free(need)
     with pytest.raises(InputError, match="no space for distill"):

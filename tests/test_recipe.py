@@ -62,7 +62,9 @@ def test_the_rate_of_a_stage_ends_with_its_epochs():
 
 
 def stages(method="minillm", answers="data", tunes=True, teacher="", student="", own=False):
-    found = plan(Outline(method, answers, tunes, teacher, student, own), lambda run: {})
+    given = "teacher" if method == "seqkd" else answers
+    outline = Outline(method, answers, tunes, teacher, student, own, given, False, True)
+    found = plan(outline, lambda run: {})
     return {name: stage.inputs for name, stage in found.stages.items()}, dict(found.skipped)
 
 

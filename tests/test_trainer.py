@@ -83,6 +83,7 @@ class Recorder:
     def evaluate(self, step, state):
         assert int(state.step) == step
         self.evaluated.append(step)
+        return {}
 
     def save(self, step, state, rollout):
         assert int(state.step) == step
@@ -146,10 +147,13 @@ def test_too_many_skipped_updates_in_a_row_end_the_run():
     assert seen.logged[-1][0] == 2 * MAX_SKIPPED  # what went wrong is in the log
 
 
-def test_no_update_starts_when_the_time_is_over():
+def test_no_update_starts_when_all_tokens_are_read():
     seen = Recorder()
-    assert int(seen.fit(SCHEDULE, collects=True, step=2, seconds=0.0).step) == 2
+    assert int(seen.fit(SCHEDULE, collects=True, step=2, tokens=5, spent=5).step) == 2
     assert not seen.rows
+    # Eight tokens an update: the second reaches the nine, and is the last.
+    assert int(seen.fit(SCHEDULE, collects=False, tokens=9).step) == 2
+    assert seen.evaluated == [2] and not seen.saved[1:]
 
 
 # MiniLLM itself, on one device of a mesh, as the stages run it.
@@ -206,7 +210,7 @@ def train(state, rollout=None, *, save=lambda *_: None, schedule=RUN, killed_at=
         if step == killed_at:
             raise Killed
 
-    hooks = Hooks(write, lambda *_: None, save)
+    hooks = Hooks(write, lambda *_: {}, save)
     state = fit(METHOD, state, P, Prompts(), schedule, hooks, seed=3, rollout=rollout)
     return jax.tree.map(np.array, state), log
 

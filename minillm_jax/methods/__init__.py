@@ -1,8 +1,8 @@
 """Training methods: each a record of pure functions that one trainer runs.
 
 `update(state, frozen, batch) -> (state, metrics)` makes one step; `collect(params, frozen,
-prompts, key) -> rollout` is what on-policy methods add: it writes the batch that the next updates
-read. A new method is a file here and a line in `build.py`.
+prompts, key) -> rollout` is what MiniLLM adds: it writes the batch that the next updates read.
+`registry` names the methods and says what each is; `assemble.py` makes them from a config.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ from minillm_jax.types import Params, Sequences
 
 Update = Callable[[TrainState, Any, Any], tuple[TrainState, Mapping[str, jax.Array]]]
 Collect = Callable[[Params, Any, Sequences, jax.Array], Any]
+Observe = Callable[[TrainState, Mapping[str, float]], TrainState]
 
 
 def compiled(update: Callable, shardings: Any = None) -> Update:
@@ -28,7 +29,13 @@ def compiled(update: Callable, shardings: Any = None) -> Update:
 
 @dataclass(frozen=True)
 class Method:
-    """How a student learns; both functions are jitted and know no config and no file."""
+    """How a student learns; update and collect are jitted and know no config and no file.
+
+    `memory` is what `TrainState.memory` begins with, `observe(state, scores)` what the method makes
+    of a validation.
+    """
 
     update: Update
     collect: Collect | None = None
+    memory: Any = ()
+    observe: Observe | None = None

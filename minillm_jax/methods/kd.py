@@ -15,7 +15,7 @@ from minillm_jax.methods import Method, compiled, cross_entropy
 from minillm_jax.methods.accumulate import dropout_keys, gradients
 from minillm_jax.models import DecoderConfig
 from minillm_jax.objectives import reduce
-from minillm_jax.rollout import response_states
+from minillm_jax.rollout import response_states, teacher_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Params, Sequences
 
@@ -58,7 +58,7 @@ def method(
         states = None
         if kd_ratio > 0:
             own = {"dtype": teacher_dtype, "max_tokens": max_tokens}
-            states = response_states(teacher, frozen, given, **own)
+            states = teacher_states(teacher, frozen, given, **own)
         return cross_entropy.sums(
             student,
             params,

@@ -94,6 +94,49 @@ def total_variation(logits_q: Array, logits_p: Array) -> jax.Array:
     return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_q) - jnp.exp(log_p)), axis=-1)
 
 
+def adaptive_kl(logits_q: Array, logits_p: Array, mu: float) -> jax.Array:
+    """(g_h KL[p || q] + g_t KL[q || p]) / (g_h + g_t) (AKL, arXiv 2404.02657).
+
+    g_h is sum_v |p_v - q_v| over the head of p, g_t that over its tail; both are weights, without
+    gradient. The head is the most probable ids whose mass together is at most `mu`, and always the
+    most probable one; ids of equal probability are in it together or not at all.
+    """
+    log_q, log_p = _pair(logits_q, logits_p)
+    p = jax.lax.stop_gradient(jnp.exp(log_p))
+    gap = jnp.abs(p - jax.lax.stop_gradient(jnp.exp(log_q)))
+    head = _head(p, mu)
+    in_head = jnp.sum(jnp.where(head, gap, 0), axis=-1)
+    in_tail = jnp.sum(jnp.where(head, 0, gap), axis=-1)
+    both = in_head + in_tail
+    share = jnp.where(both > 0, in_head / jnp.where(both > 0, both, 1), 0.5)
+    return share * _kl(log_p, log_q) + (1 - share) * _kl(log_q, log_p)
+
+
+def _head(p: jax.Array, mu: float) -> jax.Array:
+    """Which ids of p [..., V] are in its head, by bisection: sorting a vocabulary is slow.
+
+    Positive floats are ordered as their bits are, so halving the bits finds the least probability
+    exactly, in as many sweeps as there are bits.
+    """
+    kind = jnp.int64 if p.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(p, kind)
+
+    def fits(least):  # [...]
+        return jnp.sum(jnp.where(bits >= least[..., None], p, 0), axis=-1) <= mu
+
+    def halve(_, ends):
+        below, above = ends  # `above` fits, `below` does not
+        middle = below + (above - below) // 2
+        good = fits(middle)
+        return jnp.where(good, below, middle), jnp.where(good, middle, above)
+
+    top = bits.max(axis=-1)
+    ends = jnp.full_like(top, -1), top + 1
+    steps = jnp.iinfo(kind).bits - 1
+    least = jnp.minimum(jax.lax.fori_loop(0, steps, halve, ends)[1], top)
+    return bits >= least[..., None]
+
+
 def _log_softmax(logits: Array) -> jax.Array:
     return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
 

@@ -2,7 +2,8 @@
 
 `scores` returns per-token values and recomputes the logits of a block in its backward sweep.
 `loss_sum` takes the loss as a function of those values, so the gradient is formed while the logits
-of the block are at hand: four products with the heads instead of six. Both go without a teacher.
+of the block are at hand: four products with the heads instead of six; and any divergence of `token`
+as a function of the block's logits. Both go without a teacher.
 
 A block spans all rows and a few positions, so a batch sharded over rows, and heads over V, stay so.
 """
@@ -20,6 +21,7 @@ from minillm_jax.objectives.reduce import keep, total
 from minillm_jax.types import Array
 
 Scores = dict[str, jax.Array]
+Divergence = Callable[[jax.Array, jax.Array, Any], jax.Array]  # z_q, z_p [R, V], extras -> [R]
 Model = tuple[jax.Array, jax.Array, jax.Array | None]  # hidden [n, R, D], weight [V, D], bias [V]
 
 
@@ -67,6 +69,7 @@ def loss_sum(
     mask: Array,  # [B, N]
     extras: Any = (),
     *,
+    divergence: Divergence | None = None,
     vocab_size: int | None = None,
     block: int = 256,
 ) -> tuple[jax.Array, Scores]:
@@ -79,6 +82,7 @@ def loss_sum(
         loss: per-token values [1, R] of R tokens, each from its own token's scores and extras; it
             must not close over traced values.
         extras: a pytree of [B, N] constants of the loss, such as `policy.Targets`.
+        divergence: a further score, "divergence", differentiated by jax; no traced closure either.
         vocab_size, block: as for `scores`.
     """
     cut = _Blocks(labels, block)
@@ -86,7 +90,7 @@ def loss_sum(
     student = cut.model(hidden_q, weight_q, bias_q, mask, size)
     teacher = cut.teacher(hidden_p, weight_p, bias_p, mask, size)
     fixed = jax.tree.map(cut.split, (keep(labels, mask), mask.astype(bool), extras))
-    result: Any = _loss_sum(loss, student, *lax.stop_gradient((teacher, fixed)))
+    result: Any = _loss_sum(loss, divergence, student, *lax.stop_gradient((teacher, fixed)))
     value, out = result
     return value, {name: keep(cut.join(x), mask) for name, x in lax.stop_gradient(out).items()}
 
@@ -237,8 +241,7 @@ def _zeros(student: Model) -> tuple:
 
 def _like(student: Model, grad_hidden: jax.Array, carry: tuple, scale: jax.Array | float) -> Model:
     """Cotangents of the student in its own dtypes."""
-    _, weight, bias = student
-    grad_weight, grad_bias = carry
+    (_, weight, bias), (grad_weight, grad_bias) = student, carry
     return (
         (grad_hidden * scale).astype(grad_hidden.dtype),
         (grad_weight.T * scale).astype(weight.dtype),
@@ -275,18 +278,23 @@ def _scores_bwd(residuals, bar):
 _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(loss, student: Model, teacher: Model | None, fixed: Any) -> tuple[jax.Array, Scores]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss_sum(loss, divergence, student, teacher, fixed) -> tuple[jax.Array, Scores]:
+    if divergence:  # what no gradient needs is dropped by the compiler
+        return _loss_sum_fwd(loss, divergence, student, teacher, fixed)[0]
     labels, mask, extras = fixed
     out = _scores(student, teacher, labels)
     return total(loss(out, extras, mask), mask).sum, out
 
 
-def _loss_sum_fwd(loss, student, teacher, fixed):
+def _loss_sum_fwd(loss, divergence, student, teacher, fixed):
     def step(carry, x):
         hidden, (labels, mask, extras) = x
         z_q, z_p = _both(hidden, student, teacher)
         out, norm = _block(z_q, z_p, labels)
+        back: Any = None
+        if divergence:
+            out["divergence"], back = jax.vjp(lambda z: divergence(z, z_p, extras), z_q)
 
         def summed(out):
             row, lone, extra = jax.tree.map(lambda x: x[None], (out, mask, extras))
@@ -294,16 +302,17 @@ def _loss_sum_fwd(loss, student, teacher, fixed):
 
         value, bar = jax.value_and_grad(summed)(out)
         grad = _grad_logits(z_q, z_p, labels, out, norm, bar)
+        if back:
+            grad += back(bar["divergence"])[0]
         carry, grad_hidden = _grad_head(grad, hidden[0], student, carry)
         return carry, (value, out, grad_hidden)
 
-    carry, (value, out, grad_hidden) = lax.scan(
-        step, _zeros(student), (_hidden(student, teacher), fixed)
-    )
+    parts = _hidden(student, teacher), fixed
+    carry, (value, out, grad_hidden) = lax.scan(step, _zeros(student), parts)
     return (value.sum(), out), (student[1:], grad_hidden, carry)
 
 
-def _loss_sum_bwd(loss, residuals, bar):
+def _loss_sum_bwd(loss, divergence, residuals, bar):
     head, grad_hidden, carry = residuals
     return _like((grad_hidden, *head), grad_hidden, carry, bar[0]), None, None
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minillm_jax import assemble
 from minillm_jax.build import SECTIONS
 from minillm_jax.models import DecoderConfig, abstract_params
 from minillm_jax.planning.shapes import Shapes
@@ -55,14 +56,14 @@ def programs(build: Shapes) -> list[Program]:
     found = []
     if outline.tunes_teacher and not outline.fine_tuned_teacher:
         found.append(_sft(build, "teacher_sft", build.teacher_checkpoint.config))
-    if outline.method in ("minillm", "sft") and not outline.fine_tuned_student:
-        found.append(_sft(build, "student_sft", build.student_checkpoint.config))
-    if outline.method == "minillm":
+    kind, student = outline.entry.kind, build.student_checkpoint.config
+    if "sft" in (outline.entry.start, kind) and not outline.fine_tuned_student:
+        found.append(_sft(build, "student_sft", student))
+    if kind == "minillm":
         found += [_collect(build), _minillm(build)]
-    elif outline.method != "sft":
-        blended = outline.method == "kd" or build.config.distill.kd_ratio > 0
-        student = build.student_checkpoint.config
-        found.append(_kd(build) if blended else _sft(build, "distill", student))
+    elif kind != "sft":
+        taught = outline.needs_teacher
+        found.append(_taught(build) if taught else _sft(build, "distill", student))
     return found
 
 
@@ -149,17 +150,11 @@ def _lowered(build: Shapes, function: Any, arguments: tuple) -> Any:
         return function.lower(*arguments)
 
 
-def _answers(build: Shapes) -> int:
-    """Slots of given answers: those of the data may be longer than sampled ones get."""
-    data = build.config.data
-    return max(data.max_response, min(data.max_answer, build.data.max_tokens))
-
-
 def _sft(build: Shapes, name: str, model: DecoderConfig) -> Program:
     section = SECTIONS[name]
-    rows, answers = build.section(section)["batch_size"], _answers(build)
+    rows, answers = build.section(section)["batch_size"], build.answer_slots()
     state, batch = build.abstract_state(model, section), _sequences(build, rows, answers)
-    method = build.sft(model, section)
+    method = assemble.supervised(build, model, section)
     tokens = build.data.max_tokens  # a row is read from its first token on
     return Program(
         f"{name} update",
@@ -179,20 +174,27 @@ def _parts(state: Any, teacher: Any, batch: Any) -> dict[str, float]:
     }
 
 
-def _kd(build: Shapes) -> Program:
+def _taught(build: Shapes) -> Program:
+    """An update on given answers, or on those that the student writes in it."""
     student, teacher = build.student_checkpoint.config, build.teacher_config
-    rows, answers = build.config.distill.batch_size, _answers(build)
-    state, batch = build.abstract_state(student, "distill"), _sequences(build, rows, answers)
-    frozen = _teacher(build)
-    method = build.kd()
+    rows, answers = build.config.distill.batch_size, build.answer_slots()
+    method = assemble.distill(build)
+    state = build.abstract_state(student, "distill", method.memory)
+    batch, frozen = _sequences(build, rows, answers), _teacher(build)
     tokens = build.data.max_tokens  # a row is read from its first token on
-    own = 3 * (_forward(student, rows, tokens) + _head(student, rows * answers))
+    own, c = _forward(student, rows, tokens) + _head(student, rows * answers), build.config.distill
+    writes = build.outline.entry.kind == "divergence" and bool(c.on_policy or c.replay)
+    slots = build.config.data.max_response
     return Program(
         "distill update",
         lambda layers: _lowered(build, method.update, (state, frozen, batch)),
         _parts(state, frozen, batch),
         held=0.0,
-        needed=own + _forward(teacher, rows, tokens) + _head(teacher, rows * answers),
+        # Writing is one more forward pass, counted as if the student wrote in every update.
+        needed=(3 + writes) * own
+        + _forward(teacher, rows, tokens)
+        + _head(teacher, rows * answers),
+        trips=(lambda where, depth: float(slots)) if writes else None,
     )
 
 
@@ -212,7 +214,7 @@ def _minillm(build: Shapes) -> Program:
         needed += 3 * (_forward(student, rows, tokens) + _head(student, rows * tokens))
         if corpus.kd_ratio:
             needed += _forward(teacher, rows, tokens) + _head(teacher, rows * tokens)
-    method = build.minillm()
+    method = assemble.policy_gradient(build)
     return Program(
         "distill update",
         lambda layers: _lowered(build, method.update, (state, frozen, batch)),
@@ -226,7 +228,7 @@ def _collect(build: Shapes) -> Program:
     student, teacher = build.student_checkpoint.config, build.teacher_config
     c, data = build.config.distill, build.config.data
     rows = min(c.collect_batch or c.rollouts, c.rollouts)
-    mixing = build.mixing()
+    mixing = assemble.mixing(build)
     prompts = _sequences(build, rows, 1)
     key = jax.eval_shape(lambda: jax.random.key(0))
 

@@ -44,6 +44,11 @@ class Shapes(Builder):
         """Ids that no model is asked about: they decide no shape."""
         return _Ids()
 
+    def answer_slots(self) -> int:
+        """Slots of given answers: those of the data may be longer than sampled ones get."""
+        data = self.config.data
+        return max(data.max_response, min(data.max_answer, self.data.max_tokens))
+
     def _learns_from(self, name: str) -> int:
         # Sets the length of the learning rate's schedule, which is no part of a program's size.
         return self.config[name].batch_size if name in self.config else 1

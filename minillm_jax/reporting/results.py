@@ -20,6 +20,16 @@ LABELS = {
     "sft": "Student, SFT",
     "kd": "Student, KD",
     "seqkd": "Student, SeqKD",
+    "gkd": "Student, GKD",
+    "jsd": "Student, JSD",
+    "opd": "Student, on-policy",
+    "skew_kl": "Student, skew KL",
+    "skew_reverse_kl": "Student, skew reverse KL",
+    "distillm": "Student, DistiLLM",
+    "distillm_srkl": "Student, DistiLLM, reverse",
+    "tvd": "Student, TVD",
+    "akl": "Student, AKL",
+    "taid": "Student, TAID",
     "minillm": "Student, MiniLLM",
 }
 _IN_A_SENTENCE = {

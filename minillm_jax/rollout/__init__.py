@@ -2,7 +2,10 @@
 
 from minillm_jax.rollout.generate import Response, generate
 from minillm_jax.rollout.mixed import Mixing, Rollout, collect
-from minillm_jax.rollout.score import response_states
+from minillm_jax.rollout.score import Taught, response_states, teacher_states
 from minillm_jax.rollout.warp import Warp
 
-__all__ = ["Mixing", "Response", "Rollout", "Warp", "collect", "generate", "response_states"]
+__all__ = [
+    "Mixing", "Response", "Rollout", "Taught", "Warp", "collect", "generate", "response_states",
+    "teacher_states",
+]  # fmt: skip

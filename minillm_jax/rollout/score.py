@@ -1,10 +1,27 @@
 """Teacher-forced reading of given responses: the hidden states that predict their tokens."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from minillm_jax.models import DecoderConfig, hidden_states
 from minillm_jax.types import Params, Sequences
+
+
+@flax.struct.dataclass
+class Taught(Sequences):
+    """Given responses with the teacher's hidden states that predict them, read before."""
+
+    teacher_hidden: jax.Array  # [B, N, Dp]
+
+
+def teacher_states(
+    config: DecoderConfig, params: Params, sequences: Sequences, **options
+) -> jax.Array:
+    """`response_states` of the teacher: those that come with the batch, or read now."""
+    if isinstance(sequences, Taught):
+        return sequences.teacher_hidden
+    return response_states(config, params, sequences, **options)
 
 
 def response_states(

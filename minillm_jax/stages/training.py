@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from minillm_jax import hosts, modelfiles, trainer
+from minillm_jax import assemble, hosts, modelfiles, trainer
 from minillm_jax.build import Builder
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
@@ -21,6 +21,8 @@ from minillm_jax.sharding import batch_sharding, place, take_rows
 from minillm_jax.stages import FREE_SETTINGS, Outcome, Run
 from minillm_jax.stages.answers import answered
 from minillm_jax.stages.measures import Scores, validation
+from minillm_jax.stages.selftest import self_test
+from minillm_jax.stages.targets import with_targets
 from minillm_jax.train_state import init_state
 from minillm_jax.types import Params
 
@@ -52,18 +54,19 @@ def train(
     validate: Callable[[Model], Scores],
     headline: str,
     corpus: Any = None,
-    seconds: float = float("inf"),
+    tokens: float = float("inf"),
 ) -> Outcome:
     """Train `start` and leave the model that is best on the validation set in `run.model(stage)`.
 
     Best by what the section's `keep` says, of the scores that `validate` returns. Initialisation,
-    in order: a checkpoint of this stage; else `start`.
+    in order: a checkpoint of this stage; else `start`. It ends once
+    `tokens` have been read.
     """
     build, folder = run.build, run.folder(stage)
     schedule = build.schedule(section)
     optimizer, _ = build.optimizer(section)
     print(f"{stage}: {in_words(build, section)}", file=hosts.log())
-    abstract = build.abstract_state(start.config, section)
+    abstract = build.abstract_state(start.config, section, method.memory)
     rows = batch_sharding(build.mesh)
     config = {name: v for name, v in build.config.to_dict().items() if name not in FREE_SETTINGS}
     settings = {"stage": stage, "config": config}
@@ -72,23 +75,24 @@ def train(
     with Checkpoints(folder / "checkpoints", settings, **writing) as checkpoints:
         buffer = _abstract_rollout(build, method, abstract, frozen, batches)
         restored = checkpoints.restore(abstract, buffer=buffer)
-        rollout, tokens = None, 0
+        rollout, spent = None, 0
         if restored:
             state, rollout = restored.state, restored.buffer
-            tokens = restored.extra["tokens"]
+            spent = restored.extra["tokens"]
             best = restored.extra["best"]
             run.metrics.truncate_after(stage, restored.step)
         else:
-            state, best = init_state(start.load(), optimizer, abstract), None
+            state, best = init_state(start.load(), optimizer, abstract, method.memory), None
             run.metrics.truncate_after(stage, -1)
         keep = f"valid_{build.config[section].keep}"
         progress = _Stage(run, stage, start, schedule, validate, keep, checkpoints)
-        progress.tokens, progress.best = tokens, best
+        progress.tokens, progress.best = spent, best
         first = int(state.step)
         with Progress(stage, schedule.steps, headline=headline, start=first) as bar:
             progress.bar = bar
             if not restored:
-                progress.evaluate(0, state)
+                scores = progress.evaluate(0, state)
+                state = method.observe(state, scores) if method.observe else state
             state = trainer.fit(
                 method,
                 state,
@@ -98,7 +102,8 @@ def train(
                 trainer.Hooks(progress.log, progress.evaluate, progress.save),
                 seed=build.seed,
                 rollout=rollout,
-                seconds=seconds,
+                tokens=tokens,
+                spent=spent,
                 corpus=corpus,
                 put=lambda batch: place(batch, rows),
                 take=lambda rollout, which: take_rows(rollout, which, rows),
@@ -125,13 +130,15 @@ class _Stage:
 
     def evaluate(self, step, state):
         model = Model(self.start.config, state.params, self.start.hf_config)
-        scores = {f"valid_{name}": value for name, value in self.validate(model).items()}
+        found = self.validate(model)
+        scores = {f"valid_{name}": value for name, value in found.items()}
         seconds = time.monotonic() - self.began
         self.run.metrics.write(self.stage, step, seconds, scores)
         # The first model is kept whatever its score, so that there always is one.
         if self.best is None or self._better(scores[self.keep], self.best[self.keep]):
             self.best = {"step": step, self.keep: scores[self.keep]}
             modelfiles.save_model(self.run.model(self.stage), model, self.run.build.tokenizer)
+        return found
 
     def _better(self, value, best):
         if math.isnan(best):
@@ -168,71 +175,69 @@ def fine_tune(
     run: Run,
     stage: str,
     start: Start,
-    seconds: float = float("inf"),
     *,
     section: str = "sft",
     source: str = "",
+    tokens: float = float("inf"),
 ) -> Outcome:
-    """SFT of `start` as that stage, on answers from `source` (empty: the experiment's)."""
+    """SFT of `start` as that stage, on answers from `source` (empty: the experiment's).
+
+    It reads at most `tokens`.
+    """
     build = run.build
     keep = build.config[section].keep
     batch_size = build.config[section].batch_size
     return train(
         run,
         stage,
-        build.sft(start.config, section),
+        assemble.supervised(build, start.config, section),
         start,
         section=section,
         frozen=None,
         batches=build.data.batches(answered(run, "train", source), batch_size),
         validate=lambda model: validation(run, model, {"loss", keep}, source),
         headline="loss",
-        seconds=seconds,
+        tokens=tokens,
     )
 
 
-def distill(run: Run) -> Outcome:
-    """The experiment's method, into the student that it starts from."""
-    return minillm(run) if run.build.outline.method == "minillm" else on_given_answers(run)
+def distill(
+    run: Run,
+    stage: str = "distill",
+    *,
+    method: Method | None = None,
+    tokens: float = float("inf"),
+) -> Outcome:
+    """The experiment's method, into the student that it starts from.
 
+    MiniLLM gets prompts and validates by the reverse KL, the others get prompts with answers and
+    validate by the loss of given ones, beside what `keep` says.
 
-def minillm(run: Run) -> Outcome:
-    """MiniLLM from the fine-tuned student."""
-    build = run.build
-    keep = build.config.distill.keep
-    return train(
-        run,
-        "distill",
-        build.minillm(),
-        student(build, None if build.outline.fine_tuned_student else run.model("student_sft")),
-        section="distill",
-        frozen=build.teacher.params,
-        batches=build.data.batches(build.data.prompts("train"), build.config.distill.rollouts),
-        corpus=build.data.corpus(),
-        validate=lambda model: validation(run, model, {"reverse_kl", keep}),
-        headline="reverse_kl",
-    )
-
-
-def on_given_answers(run: Run) -> Outcome:
-    """KD and SeqKD from the student as it is before any training.
-
-    KD learns from the answers of the experiment, SeqKD from the teacher's. The teacher's
-    distribution takes part in the loss with the weight `kd_ratio`; without it SeqKD is SFT.
+    Args:
+        method: another than the experiment's, for the same data and schedule.
+        tokens: read at most so many.
     """
-    build = run.build
-    c = build.config.distill
-    source = "teacher" if build.outline.method == "seqkd" else ""
-    start = student(build)
-    blended = build.outline.method == "kd" or c.kd_ratio > 0
-    return train(
+    build, outline = run.build, run.build.outline
+    c, collects = build.config.distill, outline.policy_gradient
+    if collects:
+        examples, size = build.data.prompts("train"), c.rollouts
+    else:
+        examples, size = answered(run, "train", outline.given), c.batch_size
+    checked = self_test(run, answered(run, "train")) if outline.needs_teacher else {}
+    batches = build.data.batches(examples, size)
+    after_sft = outline.entry.start == "sft" and not outline.fine_tuned_student
+    headline = "reverse_kl" if collects else "loss"
+    outcome = train(
         run,
-        "distill",
-        build.kd() if blended else build.sft(start.config, "distill"),
-        start,
+        stage,
+        method or assemble.distill(build),
+        student(build, run.model("student_sft") if after_sft else None),
         section="distill",
-        frozen=build.teacher.params if blended else None,
-        batches=build.data.batches(answered(run, "train", source), c.batch_size),
-        validate=lambda model: validation(run, model, {"loss", c.keep}),
-        headline="loss",
+        frozen=build.teacher.params if outline.needs_teacher else None,
+        batches=with_targets(run, batches) if outline.caches else batches,
+        corpus=build.data.corpus() if collects else None,
+        validate=lambda model: validation(run, model, {headline, c.keep}),
+        headline=headline,
+        tokens=tokens,
     )
+    return outcome | checked

@@ -1,0 +1,182 @@
+"""Several methods from the same students, on the same data, for as many tokens, over seeds.
+
+    workdir/compare.{json,md,png}               the table of what is done
+            seedN/stages/teacher_answers/...    teacher_sft, student_sft: once, for all methods
+                         METHOD/...             as the stage `distill` has it, and figures.json
+
+The budget counts tokens, prompt and answer, that the student is trained on from its first update
+on, so what SFT read before a method that starts from it counts, too. An update is a whole batch: a
+method ends after the first one that reaches the budget. The length of its schedule follows from
+the mean length of the given rows; a student that writes shorter answers reads a little less, which
+the column `tokens` shows.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from minillm_jax import hosts, pipeline, recipe
+from minillm_jax.build import Builder
+from minillm_jax.modelfiles import Model
+from minillm_jax.reporting import comparison as reporting
+from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json, write_text
+from minillm_jax.stages import Outcome, Run
+from minillm_jax.stages.answers import answered
+from minillm_jax.stages.evaluation import held_out
+from minillm_jax.stages.plan import Stage
+from minillm_jax.stages.training import distill, fine_tune, student
+from minillm_jax.types import InputError
+
+SHARED = ("teacher_sft", "teacher_answers", "student_sft", "teacher_targets")
+
+
+def compare(config: Any, workdir: Path, methods: Sequence[str], seeds: int, tokens: int = 0) -> Any:
+    """Train and judge what is not done, and return the table, which is printed and drawn.
+
+    Args:
+        seeds: how many, counted from the config's own.
+        tokens: the budget; 0: what the config's own SFT and distillation would read.
+
+    Raises:
+        InputError: a method or a setting that cannot be right, or a work directory of another
+            comparison; before anything is trained.
+    """
+    if seeds < 1 or not methods:
+        raise InputError("nothing to compare: give --methods=sft,kd and --seeds of at least 1")
+    config = config.copy_and_resolve_references()
+    for method in methods:
+        Builder(_of(config, method, config.seed), workdir)
+    _refuse_another(workdir, tokens)
+    numbers = range(config.seed, config.seed + seeds)
+    for seed in numbers:
+        place = workdir / f"seed{seed}"
+        pipeline.refuse_another(place, _of(config, config.method, seed))
+    write_json(workdir / "budget.json", {"tokens": tokens})
+    for seed in numbers:
+        place = workdir / f"seed{seed}"
+        if not (place / "config.json").exists():
+            write_json(place / "config.json", _of(config, config.method, seed).to_dict())
+        with MetricsWriter(place) as metrics:
+            for method in methods:
+                build = Builder(_of(config, method, seed), place)
+                one(Run(build, place, metrics), tokens)
+    return report(workdir)
+
+
+def one(run: Run, tokens: int) -> None:
+    """Train and judge the method of `run`, after the stages that all methods of its seed share."""
+    build, method = run.build, run.build.outline.method
+    stages = dict(pipeline.planned(build).stages)
+    trains = [name for name in SHARED if name in stages]
+    if "distill" not in stages:  # `sft` is a method here: it starts where SFT does
+        trains = [name for name in trains if name != "student_sft"]
+    build.preflight([*trains, "distill"] if "distill" in stages else trains)
+    for name in trains:
+        _once(run, name, stages)
+        if name == "teacher_sft":
+            build.follow(run.model(name))
+    _judge(run, "teacher", lambda: build.teacher)
+    _judge(run, "start", build.student)
+    stages[method] = _within(run, tokens or _own_budget(run), trains)
+    _once(run, method, stages)
+    _judge(run, method, lambda: build.student(run.model(method)))
+
+
+def report(workdir: Path) -> reporting.Table:
+    """Print and write the table of what is done in a work directory."""
+    seeds = []
+    for place in sorted(workdir.glob("seed*")):
+        figures = {}
+        for file in sorted(place.glob("stages/*/figures.json"), key=lambda f: f.stat().st_mtime):
+            figures[file.parent.name] = read_json(file)["figures"]
+        seeds.append(figures)
+    table = reporting.tabulate(seeds, reporting.SHOWN)
+    text = reporting.as_text(table, reporting.SHOWN)
+    print(text, file=hosts.log())
+    write_json(workdir / "compare.json", {"seeds": len(seeds), "models": table})
+    write_text(workdir / "compare.md", text + "\n")
+    reporting.draw(workdir / "compare.png", table)
+    return table
+
+
+def _of(config: Any, method: str, seed: int) -> Any:
+    """The experiment of one method and seed."""
+    config = config.copy_and_resolve_references()
+    config.method, config.seed = method, seed
+    return config
+
+
+def _once(run: Run, name: str, stages: dict[str, Stage]) -> None:
+    if pipeline.is_done(run.workdir, stages, name):
+        print(f"{name}: done, in {run.folder(name)}", file=hosts.log())
+    else:
+        pipeline.run_stage(run, name, stages[name])
+
+
+def _judge(run: Run, name: str, make: Callable[[], Model]) -> None:
+    """Write the held-out figures of a model, unless they are there and that model's.
+
+    Teacher and start are what the first method of a seed found.
+    """
+    done = pipeline.read_done(run.workdir, name) or {}
+    made = {key: done[key] for key in ("finished", "all_tokens") if key in done}
+    file = run.folder(name) / "figures.json"
+    if file.exists() and read_json(file)["made"] == made:
+        return
+    with jax.set_mesh(run.build.mesh):
+        figures, _ = held_out(run, make())
+    if made:
+        figures["tokens"] = made["all_tokens"]
+    write_json(file, {"figures": figures, "made": made})
+
+
+def _row_tokens(run: Run) -> float:
+    """Mean tokens of a training row, prompt and answer."""
+    rows = answered(run, "train")
+    return sum(len(row.prompt) + len(row.response) for row in rows) / len(rows)
+
+
+def _own_budget(run: Run) -> int:
+    """Tokens of the config's own SFT and distillation, at the mean length of the given rows."""
+    parts = [run.build.config[section] for section in ("sft", "distill")]
+    epoch = len(answered(run, "train"))
+    rows = sum(c.epochs * epoch if c.epochs else c.steps * c.batch_size for c in parts)
+    return round(rows * _row_tokens(run))
+
+
+def _within(run: Run, budget: int, shared: Sequence[str]) -> Stage:
+    """The method of `run` as a stage that reads so many tokens, those of its start included."""
+    build, method = run.build, run.build.outline.method
+    section = "sft" if build.outline.entry.kind == "sft" else "distill"
+    done = pipeline.read_done(run.workdir, "student_sft") if "student_sft" in shared else None
+    before = done["tokens"] if done else 0
+    c = build.config[section]
+    steps = round((budget - before) / (c.batch_size * _row_tokens(run)))
+    if steps < 1:
+        raise InputError(
+            f"a budget of {budget} tokens leaves none for {method}, whose start has read {before}: "
+            "raise --tokens, or lower config.sft.steps"
+        )
+    c.steps, c.epochs = steps, 0.0
+    recipe.judge(section, build.section(section), build.ways)
+
+    def function(run: Run) -> Outcome:
+        rest = budget - before
+        if section == "sft":
+            outcome = fine_tune(run, method, student(run.build), tokens=rest)
+        else:
+            outcome = distill(run, method, tokens=rest)
+        return outcome | {"budget": budget, "all_tokens": before + outcome["tokens"]}
+
+    return Stage(function, tuple(shared), section=section)
+
+
+def _refuse_another(workdir: Path, tokens: int) -> None:
+    file = workdir / "budget.json"
+    if file.exists() and (before := read_json(file)["tokens"]) != tokens:
+        raise InputError(
+            f"{workdir} compares at --tokens={before}, not at {tokens}: give another --workdir, "
+            "or that budget"
+        )

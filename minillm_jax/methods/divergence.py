@@ -1,0 +1,164 @@
+"""Distillation by any divergence between the models, on given answers or the student's own.
+
+    L = (1 - k) (-log q(y_t)) + k D(p(. | y_<t), q(. | y_<t))
+
+a mean over the tokens of the answers, k = `kd_ratio`; D is one of `objectives.divergences`. Who
+wrote the answers is `OnPolicy`'s matter. So this one file is GKD, generalised JSD, on-policy
+distillation, skew KL, DistiLLM, total variation, AKL and, with a `taid.Schedule`, TAID: which is
+which says `registry`.
+
+1. `OnPolicy.source` gives the batch: the given one, or the student's own.
+2. The teacher reads it; per micro-batch the student does, and `vocab.loss_sum` meets both.
+3. TAID's t, and DistiLLM's buffer, are remembered in `TrainState.memory`.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from minillm_jax.methods import Method, compiled, cross_entropy
+from minillm_jax.methods.accumulate import dropout_keys, gradients
+from minillm_jax.methods.on_policy import Buffer, OnPolicy
+from minillm_jax.models import DecoderConfig, head
+from minillm_jax.objectives import divergences, reduce, vocab
+from minillm_jax.objectives.taid import Schedule
+from minillm_jax.rollout import response_states, teacher_states
+from minillm_jax.train_state import TrainState
+from minillm_jax.types import Params, Sequences
+
+LOGGED = ("divergence", "forward_kl", "reverse_kl", "entropy")
+
+
+def method(
+    student: DecoderConfig,
+    teacher: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    *,
+    divergence: str,
+    on_policy: OnPolicy,
+    parameter: float | None = None,
+    kd_ratio: float = 1.0,
+    taid: Schedule | None = None,
+    memory: Any = (),
+    seed: int = 0,
+    micro_batches: int = 1,
+    dtype: str = "float32",
+    shardings: Any = None,
+    remat: str = "none",
+    teacher_dtype: str = "float32",
+    dropout_seed: int | None = None,
+    max_tokens: int | None = None,
+) -> Method:
+    """The method with `frozen` the teacher's parameters.
+
+    Args:
+        divergence, parameter: a name of `DIVERGENCES` and its parameter, None for the default.
+        taid: the schedule of the parameter, which then is t.
+        memory: from `remembered`; the updates begin with it.
+        seed: of the student's writing; the key of an update is fold_in(key(seed), step).
+        dtype, teacher_dtype, shardings, remat, dropout_seed, max_tokens: as for `kd`.
+
+    Raises:
+        InputError: no such divergence, a parameter or share that is none.
+    """
+    cross_entropy.check_kd_ratio(kd_ratio)
+    found = divergences.find(divergence)
+    fixed = None if taid else found.checked(divergence, parameter)
+
+    def between(z_q: jax.Array, z_p: jax.Array, t: jax.Array) -> jax.Array:
+        return found.function(z_q, z_p, t if taid else fixed)
+
+    def loss_sums(params: Params, frozen: Params, batch: Any) -> dict[str, reduce.Pair]:
+        rows, keys, t = batch
+        labels, mask = rows.response, rows.response_mask
+        key = None if keys is None else keys[0]
+        options = {"dtype": dtype, "remat": remat, "dropout_key": key, "max_tokens": max_tokens}
+        hidden = response_states(student, params, rows, **options)
+        own = {"dtype": teacher_dtype, "max_tokens": max_tokens}
+        states = teacher_states(teacher, frozen, rows, **own)
+        q, p = head(student, params, hidden.dtype), head(teacher, frozen, states.dtype)
+        with jax.named_scope("vocabulary"):
+            summed, scores = vocab.loss_sum(
+                partial(_per_token, kd_ratio),
+                hidden,
+                q.weight,
+                q.bias,
+                states,
+                p.weight,
+                p.bias,
+                labels,
+                mask,
+                t,
+                divergence=between,
+                vocab_size=on_policy.vocab,
+            )
+        pairs = {name: reduce.total(scores[name], mask) for name in LOGGED}
+        pairs["nll"] = reduce.total(-scores["log_q"], mask)
+        return pairs | {"loss": reduce.Pair(summed, pairs["nll"].count)}
+
+    def update(state: TrainState, frozen: Params, given: Sequences):
+        rows, buffer = given, None
+        more: dict[str, Any] = {}
+        if on_policy.writes:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            buffer = state.memory["replay"] if on_policy.replay else None
+            rows, buffer, who = on_policy.source(
+                student, state.params, buffer, given, key, state.step
+            )
+            more = _about(rows, who, buffer)
+        t = state.memory["taid"].t if taid else jnp.float32(0)
+        per_token = jnp.broadcast_to(t, rows.response.shape)
+        keys = dropout_keys(dropout_seed, state.step, micro_batches)
+        grads, metrics = gradients(
+            lambda params, micro: loss_sums(params, frozen, micro),
+            state.params,
+            (rows, keys, per_token),
+            micro_batches,
+        )
+        memory = state.memory
+        if buffer is not None:
+            memory = memory | {"replay": buffer}
+        if taid:
+            progress = taid.advance(memory["taid"], metrics["divergence"], state.step)
+            memory, more = memory | {"taid": progress}, more | {"t": t}
+        more["learning_rate"] = learning_rate(state.step - state.skipped)
+        state, taken = state.apply_gradients(optimizer, grads, metrics["loss"])
+        return replace(state, memory=memory), metrics | more | taken
+
+    observe = on_policy.replay.observe if on_policy.replay else None
+    return Method(compiled(update, shardings), memory=memory, observe=observe)
+
+
+def remembered(
+    on_policy: OnPolicy, taid: Schedule | None, prompt_slots: int, response_slots: int
+) -> Any:
+    """What the method remembers before the first update: host arrays, or () for nothing."""
+    memory: dict[str, Any] = {}
+    if on_policy.replay:
+        slots = prompt_slots, response_slots
+        memory["replay"] = on_policy.replay.begin(on_policy.share, *slots, on_policy.pad_id)
+    if taid:
+        memory["taid"] = taid.begin()
+    return memory or ()
+
+
+def _per_token(kd_ratio: float, scores: vocab.Scores, extras: Any, mask: Any) -> jax.Array:
+    if kd_ratio == 1:
+        return scores["divergence"]
+    return kd_ratio * scores["divergence"] - (1 - kd_ratio) * scores["log_q"]
+
+
+def _about(rows: Sequences, who: jax.Array, buffer: Buffer | None) -> dict[str, jax.Array]:
+    """Metrics of what was read; "tokens" goes in the place of the given batch's."""
+    mask = rows.response_mask
+    told = {
+        "tokens": rows.prompt_mask.sum() + mask.sum(),
+        "on_policy": (who > 0).astype(jnp.float32),
+        "response_length": mask.sum() / jnp.maximum(mask.any(axis=1).sum(), 1),
+    }
+    return told if buffer is None else told | {"threshold": buffer.threshold}

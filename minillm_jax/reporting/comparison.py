@@ -1,0 +1,76 @@
+"""Several methods over several seeds: the table of means and deviations, and its picture."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm_jax import hosts
+from minillm_jax.reporting.results import COLUMNS, label
+
+# Model -> figure -> {"mean", "std", "values"}, the values by seed; an absent figure is left out.
+Table = dict[str, dict[str, dict[str, Any]]]
+
+SHOWN = (
+    "tokens", "reverse_kl", "nll", "rouge_l", "length", "finished", "distinct_4",
+    "greedy_repetition", "greedy_loops",
+)  # fmt: skip
+DRAWN = ("reverse_kl", "nll", "rouge_l", "greedy_loops")
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation (0 of one value); empty without values."""
+    values = list(values)
+    if not values:
+        return {}
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": deviation, "values": values}
+
+
+def tabulate(seeds: Sequence[Mapping[str, Mapping[str, Any]]], columns: Sequence[str]) -> Table:
+    """The table of figures [seed][model][column]; a model may lack in some seeds."""
+    models = dict.fromkeys(name for seed in seeds for name in seed)
+    table: Table = {}
+    for model in models:
+        found = [seed[model] for seed in seeds if model in seed]
+        rows = {c: spread(f[c] for f in found if f.get(c) is not None) for c in columns}
+        table[model] = {c: row for c, row in rows.items() if row}
+    return table
+
+
+def as_text(table: Table, columns: Sequence[str]) -> str:
+    """The table for a terminal and, as it stands, for Markdown."""
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for model, row in table.items():
+        cells = [_cell(c, row[c]) if c in row else "" for c in columns]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(column: str, value: Mapping[str, Any]) -> str:
+    digits = 0 if column == "tokens" else 3
+    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+
+
+def draw(path: Path, table: Table, columns: Sequence[str] = DRAWN) -> None:
+    """Write a PNG: for each figure a bar per model, one standard deviation either way."""
+    if not hosts.is_main():
+        return
+    from matplotlib.figure import Figure  # slow to import
+
+    shown = [c for c in columns if any(c in row for row in table.values())]
+    known = {column.key: column for column in COLUMNS}
+    figure = Figure(figsize=(4.2 * max(len(shown), 1), 1.2 + 0.42 * len(table)), layout="tight")
+    for place, key in enumerate(shown, 1):
+        axes = figure.add_subplot(1, len(shown), place)
+        rows = [(model, row[key]) for model, row in table.items() if key in row]
+        means, stds = ([value[part] for _, value in rows] for part in ("mean", "std"))
+        axes.barh(range(len(rows)), means, xerr=stds, color="#0072b2", ecolor="#24292f", capsize=3)
+        axes.set_yticks(range(len(rows)), [label(model) for model, _ in rows])
+        axes.invert_yaxis()
+        column = known[key]
+        better = f", {column.better} is better" if column.better else ""
+        axes.set_title(f"{column.label}{better}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

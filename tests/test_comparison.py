@@ -1,0 +1,104 @@
+"""Several methods over several seeds: what they share, the budget, the table, a new start."""
+
+import json
+
+import pytest
+
+from minillm_jax import comparison, pipeline, trainer
+from minillm_jax.reporting import comparison as reporting
+from minillm_jax.types import InputError
+from tests.toy_run import compilation_cache, one_device, toy_config
+
+
+def finished(workdir):
+    return {
+        file.relative_to(workdir).as_posix(): json.loads(file.read_text())["finished"]
+        for file in workdir.glob("seed*/stages/*/done.json")
+    }
+
+
+def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
+    one_device(monkeypatch)
+    config, workdir = toy_config(tmp_path), tmp_path / "compare"
+    config.distill.keep = "loss"
+    methods = ["kd", "gkd"]
+    with compilation_cache(tmp_path / "programs"):
+        table = comparison.compare(config, workdir, methods, seeds=2)
+        # One model of a seed is lost, and the others are not made again.
+        lost, before = workdir / "seed1/stages/gkd/done.json", finished(workdir)
+        (workdir / "seed1/stages/gkd/figures.json").unlink()
+        lost.unlink()
+        trained, fit = [], trainer.fit
+        monkeypatch.setattr(trainer, "fit", lambda *a, **b: trained.append(1) or fit(*a, **b))
+        again = comparison.compare(config, workdir, methods, seeds=2)
+    assert len(trained) == 1 and again == table
+    after = finished(workdir)
+    changed = {name for name, when in after.items() if when != before[name]}
+    assert changed == {"seed1/stages/gkd/done.json"}
+    shared = [
+        f"seed{seed}/stages/{name}/done.json" for seed in (0, 1) for name in comparison.SHARED[1:3]
+    ]
+    assert set(shared) < set(after) and len(after) == 8
+
+    assert list(table) == ["teacher", "start", "kd", "gkd"]
+    for seed in (0, 1):
+        stages = workdir / f"seed{seed}" / "stages"
+        done = {name: json.loads((stages / name / "done.json").read_text()) for name in methods}
+        own = json.loads((stages / "student_sft" / "done.json").read_text())["tokens"]
+        budget = done["kd"]["budget"]
+        assert done["gkd"]["budget"] == budget and done["gkd"]["updates"] < done["kd"]["updates"]
+        assert done["gkd"]["all_tokens"] == own + done["gkd"]["tokens"]
+        for name in methods:
+            spent, each = done[name]["all_tokens"], done[name]["tokens"] / done[name]["updates"]
+            assert spent == table[name]["tokens"]["values"][seed]
+            assert budget - 1.5 * each < spent < budget + 1.5 * each
+    assert "tokens" not in table["start"] and "reverse_kl" not in table["teacher"]
+    assert table["kd"]["reverse_kl"]["mean"] != table["gkd"]["reverse_kl"]["mean"]
+    assert table["kd"]["nll"]["std"] > 0
+    written = json.loads((workdir / "compare.json").read_text())
+    assert written == {"seeds": 2, "models": table}
+    assert (workdir / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    text = (workdir / "compare.md").read_text()
+    assert text.strip() in capsys.readouterr().err
+
+    with pytest.raises(InputError, match="compares at --tokens=0, not at 500: give another"):
+        comparison.compare(config, workdir, methods, 2, tokens=500)
+    config.distill.learning_rate = 1e-2
+    with pytest.raises(InputError, match="holds a run of another config .distill.learning_rate"):
+        comparison.compare(config, workdir, methods, 2)
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config, workdir = toy_config(tmp_path), tmp_path / "compare"
+    with pytest.raises(InputError, match="config.method='dpo': choose from minillm, sft"):
+        comparison.compare(config, workdir, ["kd", "dpo"], 2)
+    config.distill.parameter = 2.0
+    with pytest.raises(InputError, match="parameter=2.0: beta of jsd lies from 0 to 1"):
+        comparison.compare(config, workdir, ["kd", "gkd"], 2)
+    assert not workdir.exists()
+    config.distill.parameter = None
+    monkeypatch.setattr(pipeline, "run_stage", lambda run, name, stage: None)
+    monkeypatch.setattr(comparison, "held_out", lambda run, model: ({}, []))
+    monkeypatch.setattr(comparison, "answered", lambda run, split: run.build.data.prompts(split))
+    with pytest.raises(InputError, match="a budget of 2 tokens leaves none for kd"):
+        comparison.compare(config, workdir, ["kd"], 1, tokens=2)
+
+
+def test_the_table_is_of_means_and_deviations(tmp_path):
+    seeds = [
+        {"start": {"nll": 2.0}, "kd": {"nll": 1.0, "rouge_l": 0.3, "tokens": 90}},
+        {"start": {"nll": 2.0}, "kd": {"nll": 2.0, "rouge_l": None, "tokens": 110}},
+        {"start": {"nll": 5.0}},
+    ]
+    table = reporting.tabulate(seeds, ("tokens", "nll", "rouge_l"))
+    assert table["kd"]["nll"] == {"mean": 1.5, "std": pytest.approx(0.5**0.5), "values": [1.0, 2.0]}
+    assert table["kd"]["rouge_l"] == {"mean": 0.3, "std": 0.0, "values": [0.3]}
+    assert reporting.as_text(table, ("tokens", "nll", "rouge_l")).splitlines() == [
+        "| model | tokens | nll | rouge_l |",
+        "|---|---|---|---|",
+        "| start |  | 3.000 ± 1.732 |  |",
+        "| kd | 100 ± 14 | 1.500 ± 0.707 | 0.300 ± 0.000 |",
+    ]
+    reporting.draw(tmp_path / "new" / "table.png", table)
+    assert (tmp_path / "new" / "table.png").stat().st_size > 1000

@@ -1,0 +1,43 @@
+"""A method on kept hidden states learns what it learns with the teacher beside it."""
+
+import json
+
+import numpy as np
+
+from minillm_jax import pipeline
+from minillm_jax.rollout import score
+from tests.toy_run import one_device, toy_config
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["stage"] == "distill" and "loss" in row]
+
+
+def test_kept_targets_teach_the_same(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config = toy_config(tmp_path)
+    config.method, config.distill.keep, config.answers.batch_size = "akl", "loss", 3
+    pipeline.execute(config, tmp_path / "beside", ["teacher_answers", "distill"])
+
+    config.distill.cache_teacher = True
+    read, layers = [], score.hidden_states
+
+    def recorded(model, *args, **options):
+        read.append(model.layers)
+        return layers(model, *args, **options)
+
+    monkeypatch.setattr(score, "hidden_states", recorded)
+    workdir = tmp_path / "kept"
+    pipeline.execute(config, workdir, ["teacher_answers", "teacher_targets"])
+    folder = workdir / "stages" / "teacher_targets"
+    assert len(list((folder / "states").glob("*.npy"))) == 3  # of 8 rows
+    tokens = json.loads((folder / "done.json").read_text())["tokens"]
+    answers = workdir / "stages" / "teacher_answers" / "answers.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert tokens == sum(len(row["tokens"]) for row in rows if row["split"] == "train")
+    monkeypatch.setattr("minillm_jax.stages.training.self_test", lambda run, examples: {})
+    read.clear()
+    pipeline.execute(config, workdir, ["distill"])
+    assert set(read) == {1}  # the student's one layer, never the teacher's two
+    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "beside"), rtol=2e-5)

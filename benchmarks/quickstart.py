@@ -76,7 +76,7 @@ def main() -> None:
 
 def further_sft(seed: int, workdir: Path, steps: int) -> dict:
     """The SFT student after `steps` more updates, or (0) as many more seconds as MiniLLM took."""
-    from minillm_jax.stages.evaluation import held_out
+    from minillm_jax.stages.held_out import held_out
     from minillm_jax.stages.training import fine_tune, student
 
     done = read_json(workdir / "summary.json")["stages"]
@@ -97,13 +97,13 @@ def further_sft(seed: int, workdir: Path, steps: int) -> dict:
         outcome = fine_tune(run, "further_sft", start)
         outcome |= {"seconds": time.monotonic() - began, "seconds_of_minillm": wanted}
         run.build.seed = seed  # the samples of the other models
-        figures, _ = held_out(run, run.build.student(run.model("further_sft")))
+        figures = held_out(run, run.build.student(run.model("further_sft"))).figures
     return {"figures": figures, "outcome": outcome}
 
 
 def sharpened_sft(seed: int, workdir: Path) -> dict:
     """The SFT student at the temperature that is best on the validation prompts."""
-    from minillm_jax.stages.evaluation import held_out
+    from minillm_jax.stages.held_out import held_out
     from minillm_jax.stages.measures import validation
 
     with MetricsWriter(workdir) as metrics:
@@ -120,7 +120,7 @@ def sharpened_sft(seed: int, workdir: Path) -> dict:
             scale: validation(run, at(scale), {"reverse_kl"})["reverse_kl"] for scale in SCALES
         }
         best = min(scores, key=scores.__getitem__)
-        figures, _ = held_out(run, at(best))
+        figures = held_out(run, at(best)).figures
     return {"figures": figures, "outcome": {"scale": best, "validation": list(scores.items())}}
 
 

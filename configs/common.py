@@ -45,7 +45,7 @@ def base() -> ml_collections.ConfigDict:
     config.data.train = ""  # JSONL or hub:OWNER/NAME; empty: the packaged prompts, without answers
     config.data.validation = ""
     config.data.test = ""
-    config.data.more_tests = ()  # further test sets, each "NAME=FILE.jsonl": Rouge-L alone
+    config.data.more_tests = ()  # further test sets, each "NAME=FILE.jsonl" or "NAME=hub:..."
     config.data.template = "chat"  # the model's own chat template, or alpaca, alpaca_qwen
     config.data.max_prompt = 128  # prompt buffer P in tokens
     config.data.max_response = 64  # response buffer N in tokens
@@ -113,6 +113,11 @@ def base() -> ml_collections.ConfigDict:
     config.evaluate.batch_size = 32
     config.evaluate.prompts = 0  # use that many test prompts; 0: all
     config.evaluate.validation_prompts = 32  # for the curves during training; 0: all
+    config.evaluate.seeds = 1  # sampled answers to every test prompt: mean and deviation of so many
+    config.evaluate.no_repeat_ngram = 0  # answer once more with no such n-gram twice (paper: 6)
+    config.evaluate.exposure_samples = 0  # answers per prompt for ExAccErr (paper: 10); 0: without
+    config.evaluate.overlap = 0  # overlap with the teacher's so many likeliest tokens; 0: without
+    config.evaluate.calibration = ()  # "sst2=FILE.jsonl", "boolq=FILE.jsonl", or hub:OWNER/NAME
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # -1: what the devices leave over

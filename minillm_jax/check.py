@@ -27,7 +27,8 @@ _LEAST = (
     }
     | {"data.max_prompt": 1, "data.max_response": 1, "data.limit": 0, "answers.limit": 0}
     | {"data.max_answer": 0}
-    | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0}
+    | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "evaluate.seeds": 1}
+    | {f"evaluate.{name}": 0 for name in ("no_repeat_ngram", "exposure_samples", "overlap")}
     | {"corpus.coefficient": 0}
 )
 _REMAT = {f"{stage}.remat": ("none", "dots", "full") for stage in _SECTIONS}
@@ -95,10 +96,16 @@ def check(config: Any, ways: int = 1) -> None:
         for path in (config[name].path, config[name].fine_tuned):
             if path and not path.startswith(PREFIX) and not is_remote(path):
                 resolve(path)
-    for spec in config.data.more_tests:
-        name, has_file, file = str(spec).partition("=")
-        if not (name.isidentifier() and has_file and file):
-            raise InputError(f"config.data.more_tests: {spec!r} is not of the form NAME=FILE.jsonl")
+    for setting, specs in (
+        ("data.more_tests", config.data.more_tests),
+        ("evaluate.calibration", config.evaluate.calibration),
+    ):
+        for spec in specs:
+            name, has_file, file = str(spec).partition("=")
+            if not (name.isidentifier() and has_file and file):
+                raise InputError(f"config.{setting}: {spec!r} is not of the form NAME=FILE.jsonl")
+    if any(str(spec).startswith("test=") for spec in config.data.more_tests):
+        raise InputError("config.data.more_tests: `test` is config.data.test; choose another name")
     kept = config.student.keep_layers
     if not all(isinstance(layer, int) and layer >= 0 for layer in kept):
         raise InputError(

@@ -24,7 +24,7 @@ from minillm_jax.reporting import comparison as reporting
 from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json, write_text
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import answered
-from minillm_jax.stages.evaluation import held_out
+from minillm_jax.stages.held_out import held_out
 from minillm_jax.stages.plan import Stage
 from minillm_jax.stages.training import distill, fine_tune, student
 from minillm_jax.types import InputError
@@ -126,7 +126,7 @@ def _judge(run: Run, name: str, make: Callable[[], Model]) -> None:
     if file.exists() and read_json(file)["made"] == made:
         return
     with jax.set_mesh(run.build.mesh):
-        figures, _ = held_out(run, make())
+        figures = held_out(run, make()).figures
     if made:
         figures["tokens"] = made["all_tokens"]
     write_json(file, {"figures": figures, "made": made})

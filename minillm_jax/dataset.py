@@ -3,19 +3,32 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from minillm_jax import hosts, scratch
+from minillm_jax.data import classification, hub, loader, sources, splits
 from minillm_jax.data import corpus as corpus_lib
 from minillm_jax.data import examples as examples_lib
-from minillm_jax.data import hub, loader, sources, splits
 from minillm_jax.data.examples import Example
 from minillm_jax.data.sources import Row
 from minillm_jax.data.tokenizer import Tokenizer
 from minillm_jax.types import InputError, Sequences
 
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Prompts of a classification: [label][row] with the label's words, and the true labels.
+
+    Of `given` rows those are here whose prompt is within the limit.
+    """
+
+    examples: list[list[Example]]
+    labels: list[int]
+    given: int
 
 
 class Data:
@@ -146,6 +159,37 @@ class Data:
             return found
 
         return self._once("more_tests", make)
+
+    def labelled(self) -> dict[str, Labelled]:
+        """The calibration data by name."""
+
+        def make():
+            found = {}
+            for spec in self.config.evaluate.calibration:
+                name, _, file = spec.partition("=")
+                rows, labels = classification.read(name, file)
+                limit = self.config.evaluate.prompts or None
+                words = classification.TASKS[name].labels
+                asked = [self._worded(rows[:limit], word) for word in words]
+                found[name] = Labelled(asked, [labels[e.row] for e in asked[0]], len(rows[:limit]))
+            return found
+
+        return self._once("labelled", make)
+
+    def _worded(self, rows: Sequence[Row], word: str) -> list[Example]:
+        """The prompts of rows with one label word as the answer, over-long prompts left out."""
+        rows = [replace(row, output=(word,)) for row in rows]
+        c = self.config.data
+        found = examples_lib.make_examples(
+            self.tokenizer,
+            rows,
+            template=c.template,
+            max_prompt=c.max_prompt,
+            max_response=c.max_response,
+            long_prompts="drop",
+        )
+        # Without the end of sequence: the word is asked for, and not whether more would follow.
+        return [replace(e, response=e.response[:-1]) for e in found]
 
     def _examples(self, rows: Sequence[Row], answers: bool) -> list[Example]:
         c = self.config.data

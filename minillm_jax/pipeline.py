@@ -35,22 +35,27 @@ from minillm_jax.types import InputError
 
 def report(run: Run) -> Outcome:
     """Write `summary.json` and `report.html` from what the other stages left."""
-    figures = run.workdir / "evaluate" / "figures.json"
     done = {name: read_done(run.workdir, name) for name in planned(run.build).stages}
+    summarise(run.build, run.workdir, {n: o for n, o in done.items() if o and n != "report"})
+    return {"tokens": 0, "updates": 0}
+
+
+def summarise(build: Builder, folder: Path, done: Mapping[str, Outcome] | None = None) -> None:
+    """Write the summary and the report of a folder that `evaluate` or a run has filled."""
+    figures = folder / "evaluate" / "figures.json"
     summary = {
         "format": 1,
-        "config": run.build.config.name,
-        "seed": run.build.seed,
+        "config": build.config.name,
+        "seed": build.seed,
         "environment": environment(),
-        "stages": {name: o for name, o in done.items() if o and name != "report"},
+        "stages": dict(done or {}),
         "models": read_json(figures) if figures.exists() else {},
     }
-    write_json(run.workdir / "summary.json", summary)
+    write_json(folder / "summary.json", summary)
     hosts.barrier("summary")
     if hosts.is_main():
-        write_report(run.workdir)
+        write_report(folder)
         print_table(summary)
-    return {"tokens": 0, "updates": 0}
 
 
 def planned(build: Builder) -> Plan:

@@ -1,6 +1,7 @@
 """Several methods over several seeds: what they share, the budget, the table, a new start."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path,
     assert not workdir.exists()
     config.distill.parameter = None
     monkeypatch.setattr(pipeline, "run_stage", lambda run, name, stage: None)
-    monkeypatch.setattr(comparison, "held_out", lambda run, model: ({}, []))
+    monkeypatch.setattr(comparison, "held_out", lambda run, model: SimpleNamespace(figures={}))
     monkeypatch.setattr(comparison, "answered", lambda run, split: run.build.data.prompts(split))
     with pytest.raises(InputError, match="a budget of 2 tokens leaves none for kd"):
         comparison.compare(config, workdir, ["kd"], 1, tokens=2)

@@ -21,7 +21,7 @@ LAYERS = (
         "pipeline", "comparison", "stages", "build", "assemble", "dataset", "recipe", "scratch",
         "check", "geometry", "trainer", "checkpoint", "modelfiles", "named", "planning",
     },
-    {"main", "compare", "plan", "generate", "export", "program"},
+    {"main", "compare", "plan", "generate", "export", "evaluate", "judge", "program"},
 )  # fmt: skip
 PEERLESS = LAYERS[1]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -31,7 +31,13 @@ NEVER = {"flax.nnx", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "mars
 NEVER_CALLED = {"eval", "exec", "compile", "__import__"}
 NEVER_TRUE = {"allow_pickle", "trust_remote_code"}
 NEVER_FALSE = {"weights_only"}
-SLOW = ("transformers", "torch", "huggingface_hub", "datasets")  # to import: only where used
+SLOW = (
+    "transformers",
+    "torch",
+    "huggingface_hub",
+    "datasets",
+    "openai",
+)  # to import: only where used
 
 
 def _modules(tree: ast.AST) -> Iterator[str]:
@@ -75,6 +81,7 @@ def _imports(path: str, tree: ast.Module) -> Iterator[str]:
         "configs/",
         "minillm_jax/build.py",
         "minillm_jax/compare.py",
+        "minillm_jax/evaluate.py",
         "minillm_jax/main.py",
         "minillm_jax/plan.py",
     )
@@ -86,6 +93,7 @@ def _imports(path: str, tree: ast.Module) -> Iterator[str]:
         "orbax": ("minillm_jax/checkpoint.py",),
         "torch": ("minillm_jax/models/torchfiles.py",),
         "huggingface_hub": ("minillm_jax/models/hub.py",),
+        "openai": ("minillm_jax/evaluation/endpoint.py",),
     }
     modules = set(_modules(tree))
     for package in NEVER:
@@ -175,6 +183,8 @@ def test_source_keeps_the_rules(path):
         ("minillm_jax/models/torchfiles.py", "torch.load(path, weights_only=safe)"),
         ("minillm_jax/models/fetch.py", "def f():\n    from huggingface_hub import errors"),
         ("minillm_jax/models/hub.py", "import huggingface_hub"),
+        ("minillm_jax/judge.py", "def f():\n    import openai"),
+        ("minillm_jax/evaluation/endpoint.py", "import openai"),
         ("minillm_jax/models/families/llama.py", "\n" * (MAX_FAMILY_LINES + 1)),
         ("minillm_jax/models/families/llama.py", "import jax.numpy as jnp"),
         ("minillm_jax/trainer.py", "import ml_collections"),

@@ -18,8 +18,10 @@ def is_hub(source: object) -> bool:
     return str(source).startswith(PREFIX)
 
 
-def records(source: str, *, instead: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
-    """The rows of split `train` of `hub:OWNER/NAME[@REVISION]`, fields that are null left out.
+def records(
+    source: str, *, instead: str, streaming: bool = False, split: str = "train"
+) -> Iterator[dict[str, Any]]:
+    """The rows of a split of `hub:OWNER/NAME[@REVISION]`, fields that are null left out.
 
     A folder in the layout of such a data set may stand in the place of OWNER/NAME.
 
@@ -28,7 +30,7 @@ def records(source: str, *, instead: str, streaming: bool = False) -> Iterator[d
         streaming: read while downloading and keep nothing, for what is large.
 
     Raises:
-        InputError: no network, no such data set or revision, no access, no split `train`.
+        InputError: no network, no such data set or revision, no access, no such split.
     """
     name, _, revision = source.removeprefix(PREFIX).partition("@")
     try:
@@ -40,7 +42,7 @@ def records(source: str, *, instead: str, streaming: bool = False) -> Iterator[d
     options: dict[str, Any] = {"revision": revision or None, "streaming": streaming}
     try:
         # An error may come while streaming, too.
-        for fields in load_dataset(name, split="train", **options):
+        for fields in load_dataset(name, split=split, **options):
             yield {key: value for key, value in dict(fields).items() if value is not None}
     except exceptions.DatasetNotFoundError as error:
         raise InputError(

@@ -54,8 +54,19 @@ def read_jsonl(path: str | Path, *, need_output: bool = False) -> list[Row]:
         InputError: `file:line: what; cure` for a missing or broken file, invalid UTF-8 or JSON, a
             missing, empty or wrongly typed field, a field given under both names, a NUL, no rows.
     """
+    rows = [_row(fields, where, need_output) for where, fields in objects(path)]
+    if not rows:
+        raise InputError(f"{path}: no rows; give a file with one JSON object per line")
+    return rows
+
+
+def objects(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSONL file, each with its `file:line`.
+
+    Raises:
+        InputError: a missing or broken file, invalid UTF-8 or JSON.
+    """
     path = Path(path)
-    rows = []
     for number, line in enumerate(lines(path), 1):
         where = f"{path}:{number}"
         text = decoded(line, where, first=number == 1)
@@ -65,10 +76,7 @@ def read_jsonl(path: str | Path, *, need_output: bool = False) -> list[Row]:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: invalid JSON ({error}); one object per line") from error
-        rows.append(_row(fields, where, need_output))
-    if not rows:
-        raise InputError(f"{path}: no rows; give a file with one JSON object per line")
-    return rows
+        yield where, fields
 
 
 def packaged_prompts(split: str) -> list[Row]:

@@ -11,8 +11,9 @@ from minillm_jax.objectives import reduce, vocab
 from minillm_jax.rollout import response_states
 from minillm_jax.types import Params, Sequences
 
-# What `sums` returns per response, besides its number of tokens.
+# What `sums` returns per response, besides its number of tokens; and per token.
 KEYS = ("reverse_kl", "forward_kl", "log_q", "log_p", "entropy")
+TOKEN_KEYS = ("log_ratio", "forward_kl_at")
 
 
 @partial(jax.jit, static_argnames=("student", "teacher", "size", "dtype"))
@@ -29,7 +30,8 @@ def sums(
 
     `reverse_kl` is KL[q || p], `forward_kl` KL[p || q], exact over the first `size` ids at every
     position of the response, both models reading the same prefix; the student in `dtype`, the
-    teacher in that of its parameters.
+    teacher in that of its parameters. Per token, [B, N]: `log_ratio`, log(p / q) of the token, and
+    `forward_kl_at`, both 0 in padding.
     """
     q_head, p_head = head(student, params), head(teacher, teacher_params)
     score = vocab.scores(
@@ -47,7 +49,8 @@ def sums(
     )
     mask = batch.response_mask
     rows = {name: reduce.keep(score[name], mask).sum(axis=1) for name in KEYS}
-    return rows | {"tokens": mask.sum(axis=1)}
+    tokens = {"log_ratio": score["log_p"] - score["log_q"], "forward_kl_at": score["forward_kl"]}
+    return rows | tokens | {"tokens": mask.sum(axis=1)}
 
 
 @partial(jax.jit, static_argnames=("config", "size", "dtype", "max_tokens"))

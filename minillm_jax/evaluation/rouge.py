@@ -4,6 +4,7 @@ The package lower-cases and keeps only runs of a-z and 0-9: text in another scri
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -36,4 +37,20 @@ def rouge_l(answer: str, references: str | Sequence[str]) -> float:
 def mean_rouge_l(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
     """Mean of `rouge_l` over a set of answers, in [0, 1]; NaN for an empty set."""
     scores = [rouge_l(*pair) for pair in zip(answers, references, strict=True)]
+    return sum(scores) / len(scores) if scores else math.nan
+
+
+def self_rouge_l(groups: Sequence[Sequence[str]], others: int = 4) -> float:
+    """Mean Rouge-L between the answers of a group, over all groups, in [0, 1]: low is diverse.
+
+    The measure of Zhu et al. 2018 (Texygen, arXiv 1802.01886), with Rouge-L in place of BLEU. A
+    group is a set of answers to different prompts, or of answers to one prompt. Of a large group
+    each answer is compared with its next `others`, in a circle, alone. NaN without a pair.
+    """
+    scores = [
+        rouge_l(answers[i], answers[(i + step) % len(answers)])
+        for answers in groups
+        for i, step in itertools.product(range(len(answers)), range(1, others + 1))
+        if step < len(answers)
+    ]
     return sum(scores) / len(scores) if scores else math.nan

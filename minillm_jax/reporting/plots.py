@@ -28,31 +28,31 @@ MODEL_COLOURS = {
     "minillm": "#d55e00",
 }
 _OTHER_COLOURS = {"other1": "#009e73", "other2": "#b58900"}
-_INK, _LINE, _CARD = "#24292f", "#d8dee4", "#fefefe"
+INK, LINE, CARD = "#24292f", "#d8dee4", "#fefefe"
 _VARIABLES = {
     **{colour: name for name, colour in (MODEL_COLOURS | _OTHER_COLOURS).items()},
-    _INK: "ink",
-    _LINE: "line",
-    _CARD: "card",
+    INK: "ink",
+    LINE: "line",
+    CARD: "card",
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "text.parse_math": False,
     "font.size": 13,
     "font.family": "sans-serif",
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
     "axes.facecolor": "none",
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "grid.color": _LINE,
+    "grid.color": LINE,
     "axes.axisbelow": True,
 }
 _MOST_POINTS = 500  # of one line; beyond that only the file grows
@@ -82,7 +82,7 @@ class Bar:
 
 def css_colour(name: str) -> str:
     """The CSS value of a model's or series' colour."""
-    fallback = _colour(name)
+    fallback = colour_of(name)
     return f"var(--{_VARIABLES[fallback]}, {fallback})"
 
 
@@ -99,13 +99,13 @@ def training_charts(rows: Rows) -> list[Chart]:
 
 def result_chart(name: str, title: str, unit: str, bars: Sequence[Bar]) -> Chart:
     """Horizontal bars of one held-out figure, with one standard error either way."""
-    with _style():
-        figure, axes = _figure(height=0.3 + 0.4 * len(bars))
+    with style():
+        figure, axes = new_figure(height=0.3 + 0.4 * len(bars))
         figure.subplots_adjust(left=0.275, right=0.995, top=0.99, bottom=0.02)
         for place, bar in enumerate(bars):
-            axes.barh(place, bar.value, height=0.62, color=_colour(bar.model))
+            axes.barh(place, bar.value, height=0.62, color=colour_of(bar.model))
             if bar.stderr:
-                axes.errorbar(bar.value, place, xerr=bar.stderr, color=_INK, capsize=3, lw=1.3)
+                axes.errorbar(bar.value, place, xerr=bar.stderr, color=INK, capsize=3, lw=1.3)
             axes.annotate(
                 bar.text,
                 (bar.value + (bar.stderr or 0.0), place),
@@ -113,26 +113,34 @@ def result_chart(name: str, title: str, unit: str, bars: Sequence[Bar]) -> Chart
                 textcoords="offset points",
                 verticalalignment="center",
             )
-        axes.set_yticks(range(len(bars)), [_drawable(bar.label) for bar in bars])
+        axes.set_yticks(range(len(bars)), [drawable(bar.label) for bar in bars])
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
-        axes.axvline(0, color=_LINE, linewidth=1.5)
+        axes.axvline(0, color=LINE, linewidth=1.5)
         # Room to the right of the longest bar for its figure.
         axes.set_xlim(
             min(0.0, *(bar.value for bar in bars), 0.0),
             1.32 * max(*(bar.value for bar in bars), 1e-9, 1e-9),
         )
         text = ", ".join(f"{bar.label} {bar.text}" for bar in bars)
-        return Chart(name, title, unit, (), _svg(figure, name, f"{title}, {unit}: {text}"))
+        return Chart(name, title, unit, (), to_svg(figure, name, f"{title}, {unit}: {text}"))
 
 
-def _colour(name: str) -> str:
+def as_file(chart: Chart) -> str:
+    """The SVG of a chart as a file of its own, on a white page and without a legend."""
+    head = '<svg xmlns="http://www.w3.org/2000/svg" style="background: #ffffff" '
+    return chart.svg.replace("<svg ", head, 1) + "\n"
+
+
+def colour_of(name: str) -> str:
+    """The light colour of a model or series."""
     return (MODEL_COLOURS | _OTHER_COLOURS).get(name, _OTHER_COLOURS["other2"])
 
 
-def _drawable(text: str) -> str:
-    # Matplotlib raises on half a surrogate pair and warns of a glyph that its font lacks.
+def drawable(text: str) -> str:
+    """Text that Matplotlib can draw."""
+    # It raises on half a surrogate pair and warns of a glyph that its font lacks.
     return text.encode("ascii", "replace").decode()
 
 
@@ -152,8 +160,8 @@ def _points(rows: Rows, series: Series) -> tuple[np.ndarray, np.ndarray]:
 def _training_chart(panel: Panel, drawn: Sequence[tuple[Series, np.ndarray, np.ndarray]]) -> Chart:
     from matplotlib import ticker
 
-    with _style():
-        figure, axes = _figure(height=2.9)
+    with style():
+        figure, axes = new_figure(height=2.9)
         figure.subplots_adjust(left=0.105, right=0.985, top=0.97, bottom=0.165)
         if panel.log and all((values > 0).all() for _, _, values in drawn):
             axes.set_yscale("log")
@@ -173,15 +181,15 @@ def _training_chart(panel: Panel, drawn: Sequence[tuple[Series, np.ndarray, np.n
             f"{s.label} from {significant(values[0])} to {significant(values[-1])}"
             for s, _, values in drawn
         )
-        svg = _svg(figure, panel.name, f"{panel.title}, {panel.unit}: {alternative}")
+        svg = to_svg(figure, panel.name, f"{panel.title}, {panel.unit}: {alternative}")
         return Chart(panel.name, panel.title, panel.unit, legend, svg)
 
 
 def _draw(axes: Any, series: Series, steps: np.ndarray, values: np.ndarray) -> None:
-    colour = _colour(series.colour)
+    colour = colour_of(series.colour)
     if series.points or len(steps) == 1:
         axes.plot(steps, values, color=colour, linewidth=1, linestyle=(0, (2, 3)))
-        axes.scatter(steps, values, s=46, color=colour, edgecolors=_CARD, linewidths=1.5, zorder=4)
+        axes.scatter(steps, values, s=46, color=colour, edgecolors=CARD, linewidths=1.5, zorder=4)
         return
     if len(steps) < 12:
         axes.plot(steps, values, color=colour, linewidth=2.2)
@@ -192,13 +200,15 @@ def _draw(axes: Any, series: Series, steps: np.ndarray, values: np.ndarray) -> N
     axes.plot(steps[::every], average[::every], color=colour, linewidth=2.2)
 
 
-def _style() -> Any:
+def style() -> Any:
+    """The look of all charts, as a context."""
     import matplotlib
 
     return matplotlib.rc_context(_STYLE)
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def new_figure(height: float) -> tuple[Any, Any]:
+    """A figure of that many inches in height and its axes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -208,10 +218,10 @@ def _figure(height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Any, name: str, alternative: str) -> str:
+def to_svg(figure: Any, name: str, alternative: str) -> str:
     """The drawn figure as an `<svg>` element that can stand beside others on a page."""
     buffer = io.StringIO()
-    with _style():
+    with style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm_jax.reporting import formats, plots, results
+from minillm_jax.reporting import formats, measured, plots, results, samples, tables
 from minillm_jax.reporting.writers import jsonable, read_json, read_rows, write_text
 from minillm_jax.types import InputError
 
 SHOWN = 12  # sample answers outside the fold
+MEASURES = (
+    "tests", "lengths", "exposure_bias", "calibration",
+    "judge_reference", "judge_pairwise", "judge_single",
+)  # fmt: skip
 _CHARTS = ("reverse_kl", "nll", "rouge_l", "distinct_4", "length", "greedy_repetition")
 _STAGES = {
     "teacher_sft": "Teacher SFT",
@@ -27,21 +31,41 @@ _STAGES = {
 def write_report(workdir: str | Path) -> Path:
     """Write `workdir/report.html` and return its path.
 
-    Any of `summary.json`, `metrics.jsonl`, `config.json` and `evaluate/answers.jsonl` may be
-    missing or lack parts: their sections are left out. Raises InputError when none is there.
+    Any of `summary.json`, `metrics.jsonl`, `config.json` and the files in `evaluate` may be missing
+    or lack parts: their sections are left out. Raises InputError when none is there. The charts of
+    the evaluation are also files in `evaluate/plots`.
     """
     workdir = Path(workdir)
     names = ("summary.json", "metrics.jsonl", "config.json", "evaluate/answers.jsonl")
     if not any((workdir / name).exists() for name in names):
         raise InputError(f"{workdir}: no files of a run; give the --workdir of one")
+    folder = workdir / "evaluate"
+    measures = {name: _object(folder / f"{name}.json") for name in MEASURES}
     page = render(
         summary=_object(workdir / "summary.json"),
         rows=read_rows(workdir / "metrics.jsonl"),
         config=_object(workdir / "config.json"),
-        answers=read_rows(workdir / "evaluate" / "answers.jsonl"),
+        answers=read_rows(folder / "answers.jsonl"),
+        measures=measures,
     )
     write_text(workdir / "report.html", page)
+    for chart in measure_charts(measures):
+        write_text(folder / "plots" / f"{chart.name}.svg", plots.as_file(chart))
     return workdir / "report.html"
+
+
+def measure_charts(measures: Mapping[str, Mapping[str, Any]]) -> list[plots.Chart]:
+    """The charts of `lengths.json`, `exposure_bias.json` and `calibration.json`."""
+    found = [measured.length_chart(*item) for item in measures.get("lengths", {}).items()]
+    found.append(measured.exposure_chart(measures.get("exposure_bias", {})))
+    found += [measured.reliability_chart(*item) for item in measures.get("calibration", {}).items()]
+    return [chart for chart in found if chart]
+
+
+def _tables(measures: Mapping[str, Mapping[str, Any]]) -> list[tables.Table]:
+    judges = [measures.get(name, {}) for name in MEASURES if name.startswith("judge")]
+    found = [tables.test_sets(measures.get("tests", {})), *map(tables.judged, judges)]
+    return [table for table in found if table]
 
 
 def render(
@@ -49,8 +73,9 @@ def render(
     rows: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
     answers: Sequence[Mapping[str, Any]],
+    measures: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The page as HTML text."""
+    """The page as HTML text; `measures` holds the files named in `MEASURES`."""
     import json
 
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -69,7 +94,8 @@ def render(
     environment.filters["pretty"] = lambda value: json.dumps(
         jsonable(value), indent=2, ensure_ascii=False
     )
-    samples = [_sample(row) for row in answers]
+    shown = [samples.sample(row) for row in answers]
+    extra = _tables(measures)
     return environment.get_template("report.html").render(
         title=_title(summary, config),
         about=_about(summary, config),
@@ -83,14 +109,18 @@ def render(
         ],
         training_charts=plots.training_charts(rows),
         stages=_stages(summary),
-        samples=samples[:SHOWN],
-        more_samples=samples[SHOWN:],
+        measure_charts=measure_charts(measures),
+        tables=extra,
+        spread="deviation over seeds" if results.has_seeds(summary) else "standard error",
+        samples=shown[:SHOWN],
+        more_samples=shown[SHOWN:],
         config=config,
         environment=summary.get("environment") or {},
         colours={
             model: plots.css_colour(model)
             for model in {*plots.MODEL_COLOURS, *results.models(summary)}
-            | {model for sample in samples for model, _, _ in sample["answers"]}
+            | {m for one in shown for m, _, _ in (*one["answers"], *one["sampled"])}
+            | {m for table in extra for m, _, _ in table.rows}
         },
     )
 
@@ -169,7 +199,7 @@ def _result_charts(summary: Mapping[str, Any]) -> list[plots.Chart]:
                 model,
                 results.label(model),
                 figure,
-                results.value(summary, model, f"{column.key}_stderr"),
+                results.error(summary, model, column.key),
                 column.show(figure),
             )
             for model in results.models(summary)
@@ -201,15 +231,3 @@ def _stages(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     for stage in stages:
         stage["share"] = round(100 * stage["seconds"] / longest, 1)
     return stages
-
-
-def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    answers = row.get("answers") or {}
-    order = [m for m in results.LABELS if m in answers]
-    order += [m for m in answers if m not in results.LABELS]
-    return {
-        "instruction": str(row.get("instruction") or ""),
-        "input": str(row.get("input") or ""),
-        "reference": str(row.get("reference") or ""),
-        "answers": [(m, results.label(m), str(answers[m] or "").strip()) for m in order],
-    }

@@ -5,7 +5,7 @@ or takes its row or column away.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +81,22 @@ COLUMNS = (
         "longest common subsequence of words with the reference",
         "higher",
     ),
+    Column(
+        "exposure_bias",
+        "Exposure bias",
+        "ExAccErr",
+        formats.percent,
+        "error that reading its own words adds to that on the teacher's, over the whole length",
+        "lower",
+    ),
+    Column(
+        "top_k_overlap",
+        "Top-k overlap",
+        "of the likeliest",
+        formats.percent,
+        "the student's likeliest tokens that are among the teacher's, on the student's samples",
+        "higher",
+    ),
     Column("length", "Length", "tokens", lambda value: formats.fixed(value, 1), "mean length"),
     Column(
         "finished",
@@ -95,6 +111,13 @@ COLUMNS = (
         "of 4-grams",
         formats.percent,
         "distinct 4-grams over all 4-grams of the answers",
+    ),
+    Column(
+        "self_rouge_l",
+        "Self-Rouge-L",
+        "F1 × 100",
+        lambda value: formats.fixed(None if value is None else 100 * value, 1),
+        "Rouge-L between a model's answers to different prompts: how much alike they are",
     ),
     Column(
         "repetition",
@@ -122,13 +145,30 @@ COLUMNS = (
     ),
 )
 
+DEVIATION, STDERR = "_deviation", "_stderr"  # ends of keys: of a mean over seeds, over responses
 _ROUGE_L = next(column for column in COLUMNS if column.key == "rouge_l")
+_BY_DATA = (
+    Column(
+        "ece",
+        "ECE",
+        "calibration error",
+        formats.fixed,
+        "difference between confidence and accuracy on the label words",
+        "lower",
+    ),
+    Column("accuracy", "Accuracy", "of rows", formats.percent, "right label words", "higher"),
+)
+
+
+def ordered(present: Iterable[str]) -> list[str]:
+    """Names of models, the known ones first and in the order of the pipeline."""
+    present = list(present)
+    return [m for m in LABELS if m in present] + [m for m in present if m not in LABELS]
 
 
 def models(summary: Summary) -> list[str]:
-    """The models of the summary, the known ones first and in the order of the pipeline."""
-    present = summary.get("models") or {}
-    return [m for m in LABELS if m in present] + [m for m in present if m not in LABELS]
+    """The models of the summary, `ordered`."""
+    return ordered(summary.get("models") or {})
 
 
 def label(model: str) -> str:
@@ -147,7 +187,13 @@ def columns(summary: Summary) -> list[Column]:
     present = {
         key: None for m in models(summary) for key in (summary.get("models") or {}).get(m) or {}
     }
-    sets = [_test_set(key) for key in present if key.startswith("rouge_l_")]
+    plain = [key for key in present if not key.endswith((DEVIATION, STDERR))]
+    sets = [
+        _of_data(column, key.removeprefix(f"{column.key}_"))
+        for column in (_ROUGE_L, *_BY_DATA)
+        for key in plain
+        if key.startswith(f"{column.key}_")
+    ]
     return [
         c
         for c in (*COLUMNS, *sets)
@@ -155,16 +201,27 @@ def columns(summary: Summary) -> list[Column]:
     ]
 
 
-def _test_set(key: str) -> Column:
-    name = key.removeprefix("rouge_l_")
-    return replace(_ROUGE_L, key=key, label=f"Rouge-L, {name}")
+def _of_data(column: Column, name: str) -> Column:
+    return replace(column, key=f"{column.key}_{name}", label=f"{column.label}, {name}")
+
+
+def error(summary: Summary, model: str, key: str) -> float | None:
+    """What stands after the ±: the deviation over seeds, with one seed the standard error."""
+    over_seeds = value(summary, model, key + DEVIATION)
+    return over_seeds if over_seeds is not None else value(summary, model, key + STDERR)
 
 
 def cell(summary: Summary, model: str, column: Column) -> str:
-    """One figure as text, with its standard error where the summary has one."""
+    """One figure as text, with its `error` where the summary has one."""
     text = column.show(value(summary, model, column.key))
-    error = value(summary, model, f"{column.key}_stderr")
-    return f"{text} ± {column.show(error)}" if error is not None else text
+    after = error(summary, model, column.key)
+    return f"{text} ± {column.show(after)}" if after is not None else text
+
+
+def has_seeds(summary: Summary) -> bool:
+    """Whether the figures are means over several seeds."""
+    keys = {key for m in models(summary) for key in (summary.get("models") or {}).get(m) or {}}
+    return any(key.endswith(DEVIATION) for key in keys)
 
 
 @dataclass(frozen=True)

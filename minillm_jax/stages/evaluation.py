@@ -1,99 +1,19 @@
-"""The stage that judges every model on the held-out prompts."""
+"""The stage that judges every model on the held-out prompts, and what it writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from minillm_jax.evaluation.divergence import per_token
-from minillm_jax.evaluation.rouge import mean_rouge_l
-from minillm_jax.evaluation.text import describe, distinct_n, loops, repetition
+from minillm_jax import hosts
+from minillm_jax.evaluation import exposure
 from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import write_json, write_rows
 from minillm_jax.stages import Outcome, Run
-from minillm_jax.stages.answers import (
-    Answered,
-    answered,
-    references,
-    respond,
-    respond_twice,
-    texts_of,
-    token_lists,
-)
-from minillm_jax.stages.measures import SAMPLED, answer_loss, measure
+from minillm_jax.stages.comparisons import ExposureBias, calibrated, top_k
+from minillm_jax.stages.held_out import HeldOut, held_out, main_set, parts
 
-PARTS = 3  # of the judgement of a model
-
-
-def held_out(
-    run: Run, model: Model, done: Callable[[int], None] = lambda tokens: None
-) -> tuple[dict[str, Any], list[str]]:
-    """Every held-out figure of one model, and its greedy answers.
-
-    `done` is told after each of `PARTS` parts how many tokens were written or read in it.
-
-    Sampled answers (each model as it is, the teacher at `teacher.temperature`; the same key for
-    all) give the reverse KL and the text statistics; Rouge-L is against the answers of the test set
-    (the teacher's own, where it wrote them); the NLL is that of those answers. Of further test sets
-    Rouge-L alone.
-    """
-    build = run.build
-    examples = answered(run, "test")
-    expected = references(run, "test")[: len(examples)]
-    eos = build.tokenizer.eos_id
-
-    sampled, best = respond_twice(run, model, examples, build.seed)
-    done(_tokens(sampled) + _tokens(best))
-    distances = {} if model is build.teacher else distance(run, model, sampled)
-    done(_tokens(sampled))
-    answers = [ids for batch, real in sampled for ids in token_lists(batch, real)]
-    bare = [[i for i in ids if i != eos] for ids in answers]
-    nll = answer_loss(run, examples, model)
-    done(sum(len(example.response) for example in examples))
-
-    greedy = [ids for batch, real in best for ids in token_lists(batch, real)]
-    greedy_bare = [[i for i in ids if i != eos] for ids in greedy]
-    texts = [text.strip() for text in build.tokenizer.decode_batch(greedy)]
-    sampled_texts = build.tokenizer.decode_batch(answers)
-    figures = {
-        "parameters": model.parameters,
-        **distances,
-        "nll": nll,
-        "rouge_l": mean_rouge_l(sampled_texts, expected),
-        "greedy_rouge_l": mean_rouge_l(texts, expected),
-        "finished": float(np.mean([ids[-1:] == [eos] for ids in answers])),
-        "greedy_finished": float(np.mean([ids[-1:] == [eos] for ids in greedy])),
-        "greedy_length": float(np.mean([len(ids) for ids in greedy_bare])),
-        "greedy_distinct_4": distinct_n(greedy_bare, 4),
-        "greedy_repetition": float(np.mean([repetition(ids) for ids in greedy_bare])),
-        "greedy_loops": float(np.mean([loops(ids) for ids in greedy_bare])),
-    } | describe(bare)
-    return figures | further(run, model), texts
-
-
-def _tokens(batches: list[Answered]) -> int:
-    return sum(int(batch.response_mask[:real].sum()) for batch, real in batches)
-
-
-def further(run: Run, model: Model) -> dict[str, float]:
-    """Rouge-L of sampled answers on the further test sets, as `rouge_l_NAME`."""
-    figures = {}
-    for name, (rows, examples) in run.build.data.more_tests().items():
-        texts = texts_of(run, respond(run, model, examples, SAMPLED, run.build.seed))
-        figures[f"rouge_l_{name}"] = mean_rouge_l(texts, [rows[e.row].output for e in examples])
-    return figures
-
-
-def distance(run: Run, model: Model, sampled: Any) -> dict[str, float]:
-    """Divergence from the teacher on the model's own samples; the teacher's from itself is 0."""
-    rows = measure(run, model, sampled)
-    value, error = per_token(rows, "reverse_kl")
-    return {
-        "reverse_kl": value,
-        "reverse_kl_stderr": error,
-        "entropy": per_token(rows, "entropy")[0],
-    }
+Makers = Mapping[str, Callable[[], Model]]
 
 
 def evaluate(run: Run) -> Outcome:
@@ -107,30 +27,82 @@ def evaluate(run: Run) -> Outcome:
         makers["sft"] = lambda: build.student(None if tuned else run.model("student_sft"))
     if run.model("distill").is_dir():
         makers[build.outline.method] = lambda: build.student(run.model("distill"))
-    figures, texts = {}, {}
-    parts: list[int] = []
-    with Progress("evaluate", PARTS * len(makers)) as bar:
+    return {"tokens": judge_models(run, makers, run.workdir / "evaluate"), "updates": 0}
+
+
+def judge_models(run: Run, makers: Makers, folder: Path, *, compare: bool = True) -> int:
+    """Judge models one after another and write what came of it; returns the tokens it took.
+
+    With `compare` the divergences from the teacher are measured. In `folder`:
+
+        figures.json         {model: figures}, of the main test set
+        tests.json           {test set: {model: {decoding: figures}}}, plain and with the n-gram ban
+        lengths.json         {test set: {model: {bucket of the reference's length: figures}}}
+        exposure_bias.json   {model: curve}
+        calibration.json     {data: {model: figures and bins}}
+        answers.jsonl        a row per prompt: greedy answers, sampled ones by token with log(p/q)
+        responses.jsonl      a row per sampled answer of every model, test set, seed and decoding
+    """
+    build, c = run.build, run.build.config.evaluate
+    main = main_set(run)
+    bias = ExposureBias(run, main)
+    found: dict[str, HeldOut] = {}
+    curves: dict[str, Any] = {}
+    reliability: dict[str, dict[str, Any]] = {}
+    told: list[int] = []
+    with Progress("evaluate", parts(run) * len(makers)) as bar:
 
         def done(tokens: int) -> None:
-            parts.append(tokens)
-            bar.update(len(parts), tokens=tokens)
+            told.append(tokens)
+            bar.update(len(told), tokens=tokens)
 
         for name, make in makers.items():
-            figures[name], texts[name] = held_out(run, make(), done)
-    rows, expected = build.data.rows("test"), references(run, "test")
-    kept = []
-    for example, reference, *answers in zip(
-        build.data.prompts("test"), expected, *texts.values(), strict=False
+            model = make()
+            found[name] = held_out(run, model, done, name=name, compare=compare)
+            figures = found[name].figures
+            if compare and model is not build.teacher:
+                if c.overlap:
+                    figures |= top_k(run, model, main)
+                if c.exposure_samples:
+                    curves[name] = bias.curve(model)
+                    figures["exposure_bias"] = exposure.last(curves[name]) / 100
+            for data, labelled in build.data.labelled().items():
+                judged = reliability.setdefault(data, {})[name] = calibrated(run, model, labelled)
+                figures |= {f"{key}_{data}": judged[key] for key in ("ece", "accuracy")}
+    write_json(folder / "figures.json", {name: one.figures for name, one in found.items()})
+    for file, by_model in (
+        ("tests.json", {name: one.tests for name, one in found.items()}),
+        ("lengths.json", {name: one.lengths for name, one in found.items()}),
     ):
-        row = rows[example.row]
-        kept.append(
-            {
-                "instruction": row.instruction,
-                "input": row.input,
-                "reference": reference[0],
-                "answers": dict(zip(texts, answers, strict=True)),
-            }
-        )
-    write_rows(run.workdir / "evaluate" / "answers.jsonl", kept)
-    write_json(run.workdir / "evaluate" / "figures.json", figures)
-    return {"tokens": sum(parts), "updates": 0}
+        write_json(folder / file, _turned(by_model))
+    for file, measured in (("exposure_bias.json", curves), ("calibration.json", reliability)):
+        if measured:
+            write_json(folder / file, measured)
+        elif hosts.is_main():
+            (folder / file).unlink(missing_ok=True)  # of an evaluation with other settings
+    write_rows(folder / "answers.jsonl", _by_prompt(run, found))
+    write_rows(folder / "responses.jsonl", (row for one in found.values() for row in one.responses))
+    return sum(told)
+
+
+def _turned(by_model: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{model: {test: x}} as {test: {model: x}}."""
+    turned: dict[str, dict[str, Any]] = {}
+    for model, tests in by_model.items():
+        for test, value in tests.items():
+            turned.setdefault(test, {})[model] = value
+    return turned
+
+
+def _by_prompt(run: Run, found: Mapping[str, HeldOut]) -> list[dict[str, Any]]:
+    main = main_set(run)
+    return [
+        {
+            "instruction": main.rows[example.row].instruction,
+            "input": main.rows[example.row].input,
+            "reference": main.references[number][0],
+            "answers": {name: one.greedy[number] for name, one in found.items()},
+            "samples": {name: one.samples[number] for name, one in found.items()},
+        }
+        for number, example in enumerate(main.examples)
+    ]

@@ -52,11 +52,16 @@ def full(found):
 def test_sums_are_those_of_the_full_logits():
     found = batch()
     rows = divergence.sums(STUDENT, TEACHER, Q, P, found, VOCAB)
-    assert set(rows) == {*divergence.KEYS, "tokens"}
+    assert set(rows) == {*divergence.KEYS, *divergence.TOKEN_KEYS, "tokens"}
     np.testing.assert_array_equal(rows["tokens"], [8, 1, 5, 3, 0, 6])
     for name, values in jax.device_get(full(found)).items():
         by_hand = [v[m].sum() for v, m in zip(values, found.response_mask, strict=True)]
         np.testing.assert_allclose(rows[name], by_hand, rtol=1e-5, atol=1e-5, err_msg=name)
+    values = jax.device_get(full(found))
+    ratio = np.where(found.response_mask, values["log_p"] - values["log_q"], 0)
+    np.testing.assert_allclose(rows["log_ratio"], ratio, rtol=1e-5, atol=1e-5)
+    apart = np.where(found.response_mask, values["forward_kl"], 0)
+    np.testing.assert_allclose(rows["forward_kl_at"], apart, rtol=1e-5, atol=1e-5)
     nll = divergence.answer_nll(STUDENT, Q, found, VOCAB)
     np.testing.assert_allclose(nll, -rows["log_q"], rtol=1e-5, atol=1e-5)
 

@@ -45,3 +45,16 @@ def test_missing_package_is_named_with_its_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(InputError, match="pip install rouge-score"):
         rouge.rouge_l("a", "a")
+
+
+def test_self_rouge_l_of_pairs_within_groups():
+    # Of the first group "a b" and "a c" share one word of two; of the second all.
+    assert rouge.self_rouge_l([["a b", "a c"]]) == 0.5
+    assert rouge.self_rouge_l([["a b", "a c"], ["x", "x"]]) == 0.75
+    assert math.isnan(rouge.self_rouge_l([["alone"]]))
+
+
+def test_self_rouge_l_of_a_large_group_looks_at_the_next_ones():
+    answers = ["a", "a", "b", "b"]
+    assert rouge.self_rouge_l([answers], others=1) == 0.5  # a a, a b, b b, b a
+    assert rouge.self_rouge_l([answers]) == pytest.approx(1 / 3)  # all twelve ordered pairs

@@ -90,6 +90,68 @@ def write_run(workdir: Path, answers: int = 30, steps: int = 60) -> Path:
     return workdir
 
 
+def write_measures(workdir: Path) -> Path:
+    """Add what `evaluate` writes with every measure on, three seeds, and a judge."""
+    draw = random.Random(1)
+    summary = json.loads((workdir / "summary.json").read_text())
+    models, tests, lengths, curves, data, judge = summary["models"], {}, {}, {}, {}, {}
+    for name, figures in models.items():
+        better = {"teacher": 3, "start": 0, "sft": 1, "minillm": 2}[name]
+        rouge = figures["rouge_l"]
+        figures |= {"rouge_l_deviation": 0.004, "ece_sst2": 0.16 - 0.04 * better}
+        figures |= {"accuracy_sst2": 0.6 + 0.1 * better, "self_rouge_l": 0.12}
+        plain = {"count": 64, "rouge_l": rouge, "rouge_l_deviation": 0.004}
+        plain |= {"exact_match": 0.016, "exact_match_deviation": 0.001}
+        ban = plain | {"rouge_l": rouge + 0.006}
+        tests.setdefault("test", {})[name] = {"plain": plain, "ban": ban}
+        other = plain | {"count": 80, "rouge_l": 0.6 * rouge}
+        tests.setdefault("vicuna", {})[name] = {"plain": other}
+        lengths.setdefault("test", {})[name] = {
+            bucket: {"count": count, "rouge_l": rouge * factor, "rouge_l_deviation": 0.01}
+            for bucket, count, factor in (("0-5", 12, 0.5), ("6-10", 15, 0.8), ("11-", 37, 1.2))
+        }
+        bins = [
+            {"low": b / 10, "high": (b + 1) / 10, "count": 10 + 9 * (b - 4) ** 2,
+             "confidence": b / 10 + 0.06, "accuracy": b / 10 + 0.06 - 0.05 * (3 - better) - 0.02}
+            for b in range(5, 10)
+        ]  # fmt: skip
+        data.setdefault("sst2", {})[name] = {
+            "rows": 872, "given": 872, "bins": bins, "ece": 0.16 - 0.04 * better,
+        }  # fmt: skip
+        said = {"judged": 64, "unparsed": 0, "ratio": 0.3 + 0.15 * better, "wins": 0.1 * better}
+        judge[name] = said | {"ratio_deviation": 0.012, "ties": 0.2, "losses": 0.8 - 0.1 * better}
+        if name == "teacher":
+            continue
+        figures["exposure_bias"] = 0.3 / (1 + better)
+        slope = 45 / (1 + better)
+        curves[name] = {
+            "excess": [slope * (1 - math.exp(-n / 20)) + draw.gauss(0, 0.4) for n in range(64)],
+            "deviation": [None] + [1 + 0.05 * n for n in range(63)],
+            "reach": 60,
+        }
+    lines = []
+    for line in (workdir / "evaluate/answers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        row["samples"] = {
+            name: {"pieces": [f"{word} " for word in text.split(" ")] + [""]}
+            for name, text in row["answers"].items()
+        }
+        for name, sampled in row["samples"].items():
+            if name != "teacher":
+                sampled["log_ratio"] = [round(draw.gauss(-0.3, 1.1), 2) for _ in sampled["pieces"]]
+                sampled["log_ratio"][0] = -3.1
+        lines.append(json.dumps(row) + "\n")
+    (workdir / "evaluate/answers.jsonl").write_text("".join(lines))
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    judged = {"judge": "a judge", "mode": "reference", "baseline": "", "tests": {"test": judge}}
+    for name, value in {
+        "tests": tests, "lengths": lengths, "exposure_bias": curves, "calibration": data,
+        "judge_reference": judged,
+    }.items():  # fmt: skip
+        (workdir / "evaluate" / f"{name}.json").write_text(json.dumps(value))
+    return workdir
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The work directory of a made-up run of all stages."""

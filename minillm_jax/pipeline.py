@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from minillm_jax import hosts
+from minillm_jax import hosts, stopping
 from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
 from minillm_jax.modelfiles import recover
@@ -27,10 +27,11 @@ from minillm_jax.models import abstract_params
 from minillm_jax.reporting.progress import print_table
 from minillm_jax.reporting.report import write_report
 from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
-from minillm_jax.stages import FREE_SETTINGS, Outcome, Run
+from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.plan import Plan, Stage, plan
 from minillm_jax.trainer import TrainingStopped
 from minillm_jax.types import InputError
+from minillm_jax.workdir import claimed, fork, refuse_another, refuse_busy
 
 
 def report(run: Run) -> Outcome:
@@ -79,17 +80,24 @@ def _inputs(workdir: Path, stage: Stage) -> dict[str, str]:
     return {name: done["finished"] for name, done in found.items() if done}
 
 
-def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> None:
-    """Run the stages `names` (all if None) that are not done.
+def execute(
+    config: Any, workdir: Path, names: Sequence[str] | None = None, source: Path | None = None
+) -> None:
+    """Run the stages `names` (all if None) that are not done; those of a fork of `source`.
 
-    Nothing is written before all that the run reads has been looked at.
+    Nothing else is written before all that the run reads has been looked at.
 
     Raises:
         InputError: an unknown stage, a missing input, a work directory of another config, no
             space, or a training that cannot go on.
+        Stopped: the run was asked to end.
     """
     build = Builder(config, workdir)
+    if source:
+        with claimed(workdir):
+            fork(source, workdir, config)
     refuse_another(workdir, config)
+    refuse_busy(workdir)
     stages = planned(build).stages
     chosen = chosen_stages(stages, names)
     to_do = [stage for stage in chosen if not is_done(workdir, stages, stage)]
@@ -97,10 +105,12 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
     tuned = workdir / "stages" / "teacher_sft" / "model"
     if "teacher_sft" in stages and is_done(workdir, stages, "teacher_sft"):
         build.follow(tuned)
+    stopping.check()
     if set(to_do) - {"report"}:
         build.preflight(to_do)
     hosts.barrier("preflight")  # else one may write what another is still looking at
-    with MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
+    with claimed(workdir), MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
+        refuse_another(workdir, config)  # which may have been made meanwhile
         run = Run(build, workdir, metrics)
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())
@@ -108,6 +118,7 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
             if is_done(workdir, stages, stage) and stage != "report":
                 print(f"{stage}: done, in {run.folder(stage)}", file=hosts.log())
                 continue
+            stopping.check(f"{stage} comes next")
             run_stage(run, stage)
             if stage == "teacher_sft":
                 build.follow(tuned)
@@ -145,6 +156,9 @@ def run_stage(run: Run, stage: str) -> None:
         last = folder / "checkpoints" / str(max(steps, default=0))
         kept = f"the last good checkpoint is {last}" if steps else "there is no checkpoint yet"
         raise InputError(f"{stage} stopped: {error}; {kept}") from error
+    except stopping.Stopped as error:
+        saved = str(error) or "at the last checkpoint"
+        raise stopping.Stopped(f"{stage}, {saved}") from error
     outcome["seconds"] = round(time.monotonic() - began, 2)
     now = datetime.datetime.now(datetime.UTC).isoformat()
     outcome |= {"inputs": _inputs(run.workdir, this), "finished": now}
@@ -205,40 +219,6 @@ def chosen_stages(stages: Mapping[str, Stage], names: Sequence[str] | None) -> l
     if unknown:
         raise InputError(f"no stage {unknown[0]!r}: choose from {', '.join(stages)}")
     return [name for name in stages if names is None or name in names]
-
-
-def refuse_another(workdir: Path, config: Any) -> None:
-    """Check that the work directory is new, or this config's.
-
-    Raises:
-        InputError: with the first settings that differ.
-    """
-    path, mine = workdir / "config.json", flatten(config.to_dict())
-    if not path.exists():
-        return
-    theirs = flatten(read_json(path))
-    different = [
-        name
-        for name in sorted(mine.keys() | theirs.keys())
-        if name.partition(".")[0] not in FREE_SETTINGS and mine.get(name) != theirs.get(name)
-    ]
-    if different:
-        shown = "; ".join(
-            f"{name}: {theirs.get(name)} there, {mine.get(name)} now" for name in different[:3]
-        )
-        more = f"; {len(different) - 3} more" if len(different) > 3 else ""
-        raise InputError(
-            f"{workdir} holds a run of another config ({shown}{more}): give another --workdir, "
-            "or the settings of that run"
-        )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts by dotted name, in JSON's types."""
-    if not isinstance(tree, dict):
-        return {prefix: json.loads(json.dumps(tree))}
-    parts = (flatten(v, f"{prefix}.{k}" if prefix else k) for k, v in tree.items())
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def describe(config: Any, workdir: Path, names: Sequence[str] | None = None) -> dict[str, Any]:

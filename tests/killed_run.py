@@ -6,7 +6,7 @@ KILL_AT=distill/2 python -m tests.killed_run --config ... --workdir ...
 import os
 import signal
 
-from minillm_jax import hosts, main, program
+from minillm_jax import hosts, main, program, stopping
 from minillm_jax.checkpoint import Checkpoints
 
 _save = Checkpoints.save
@@ -23,5 +23,6 @@ def _save_and_die(self, step, *args, **options):
 
 
 if __name__ == "__main__":
+    stopping.listen()
     Checkpoints.save = _save_and_die
     program.run(main.main, main.FLAGS)

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from minillm_jax import hosts, stopping
+from minillm_jax import hosts, memory, stopping
 from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
 from minillm_jax.modelfiles import recover
@@ -156,6 +156,11 @@ def run_stage(run: Run, stage: str) -> None:
         last = folder / "checkpoints" / str(max(steps, default=0))
         kept = f"the last good checkpoint is {last}" if steps else "there is no checkpoint yet"
         raise InputError(f"{stage} stopped: {error}; {kept}") from error
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not memory.exhausted(error):
+            raise
+        line = memory.explain(run.build.config, run.workdir, stage)
+        raise InputError(f"{line}; then the same command goes on") from error
     except stopping.Stopped as error:
         saved = str(error) or "at the last checkpoint"
         raise stopping.Stopped(f"{stage}, {saved}") from error

@@ -19,7 +19,7 @@ LAYERS = (
     {"methods", "evaluation"},
     {
         "pipeline", "stages", "build", "dataset", "recipe", "scratch", "check", "geometry",
-        "trainer", "checkpoint", "record", "modelfiles", "named", "planning", "workdir",
+        "trainer", "checkpoint", "record", "memory", "modelfiles", "named", "planning", "workdir",
     },
     {"main", "plan", "generate", "export", "program"},
 )  # fmt: skip

@@ -17,6 +17,7 @@ from minillm_jax.methods import Method
 from minillm_jax.modelfiles import Model
 from minillm_jax.models import DecoderConfig
 from minillm_jax.reporting.progress import Progress
+from minillm_jax.reporting.watch import Watch
 from minillm_jax.sharding import batch_sharding, place, take_rows
 from minillm_jax.stages import Outcome, Run, own_settings
 from minillm_jax.stages.answers import answered
@@ -73,7 +74,7 @@ def train(
         buffer = _abstract_rollout(build, method, abstract, frozen, batches)
         restored = checkpoints.restore(abstract, buffer=buffer)
         keep = f"valid_{build.config[section].keep}"
-        progress = _Stage(run, stage, start, validate, keep, checkpoints)
+        progress = _Stage(run, stage, start, validate, keep, checkpoints, section)
         if restored:
             state, rollout = restored.state, restored.buffer
             evaluated = progress.resume(restored)
@@ -102,24 +103,31 @@ def train(
                 take=lambda rollout, which: take_rows(rollout, which, rows),
             )
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
-    return outcome | {"skipped": int(state.skipped), "best": progress.best}
+    outcome |= {"skipped": int(state.skipped), "warnings": progress.warnings}
+    return outcome | {"best": progress.best}
 
 
 class _Stage:
     """The hooks of one training stage, and the little that they remember."""
 
-    def __init__(self, run, stage, start, validate, keep, checkpoints):
+    def __init__(self, run, stage, start, validate, keep, checkpoints, section):
         self.run, self.stage, self.start = run, stage, start
         self.validate, self.keep, self.checkpoints = validate, keep, checkpoints
         self.tokens, self.best = 0, None
         self.rows = 0  # of the metrics
+        self.watch, self.warnings = Watch(section), 0
         self.bar: Progress | None = None
         self.began = time.monotonic()
 
     def resume(self, restored) -> bool:
         """Take up what a checkpoint remembers; returns whether its state has been evaluated."""
-        extra = restored.extra
+        extra = {"evaluated": True, "rows": None} | restored.extra  # format 1 has neither
         self.tokens, self.best, self.rows = extra["tokens"], extra["best"], extra["rows"]
+        if self.rows is None:
+            rows = self.run.metrics.rows(self.stage)
+            self.rows = sum(row["step"] <= restored.step for row in rows)
+        for row in self.run.metrics.rows(self.stage)[: self.rows]:  # what was warned of already
+            self.warnings += len(self.watch.add(row["step"], row))
         return extra["evaluated"]
 
     def write(self, step, values, times=None):
@@ -130,8 +138,12 @@ class _Stage:
     def log(self, step, values, times):
         self.tokens += int(values["tokens"])
         self.write(step, values, times)
+        warnings = self.watch.add(step, values)
+        self.warnings += len(warnings)
         if self.bar:
             self.bar.update(step, tokens=values["tokens"], metrics=values)
+            for warning in warnings:
+                self.bar.log(f"warning: {self.stage}, {warning}")
 
     def evaluate(self, step, state):
         model = Model(self.start.config, state.params, self.start.hf_config)

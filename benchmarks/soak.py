@@ -69,7 +69,7 @@ def _writing(self) -> bool:
 
 PHASES: dict[str, Place] = {
     "data preparation": (Builder, "preflight", lambda *_: True),
-    "teacher answers": (answers, "answer", lambda run, *_: True),
+    "teacher answers": (answers, "answer", lambda run, model, *_: model is run.build.teacher),
     "SFT": _step("student_sft", 4),
     "collect": (trainer, "_repetition", lambda *_: True),
     "inner epoch 1": _step("distill", 5),

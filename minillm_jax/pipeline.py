@@ -114,6 +114,7 @@ def execute(
         run = Run(build, workdir, metrics)
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())
+        check_space(run, [stage for stage in to_do if stages[stage].section])
         for stage in chosen:
             if is_done(workdir, stages, stage) and stage != "report":
                 print(f"{stage}: done, in {run.folder(stage)}", file=hosts.log())
@@ -142,7 +143,7 @@ def run_stage(run: Run, stage: str) -> None:
     if this.section:
         if hosts.is_main():
             recover(run.model(stage))
-        check_space(run, stage)
+        check_space(run, [stage])
     write_json(mark, {"inputs": inputs})
     if hosts.is_main():
         (folder / "done.json").unlink(missing_ok=True)
@@ -188,29 +189,32 @@ def check_inputs(workdir: Path, stages: Mapping[str, Stage], to_do: Sequence[str
                 )
 
 
-def check_space(run: Run, stage: str) -> None:
-    """Refuse a training stage for which the disk is too small, before it begins.
+def check_space(run: Run, stages: Sequence[str]) -> None:
+    """Refuse training stages for which the disk is too small, before they begin.
 
-    Beside the chosen student its successor is written, and beside a checkpoint (parameters and
+    Beside the chosen student its successor is written, and beside two checkpoints (parameters and
     two moments) the next one.
 
     Raises:
         InputError: with what is needed and what there is.
     """
-    schedule = run.build.schedule(planned(run.build).stages[stage].section)
-    build = run.build
-    held = build.teacher_checkpoint if stage == "teacher_sft" else build.student_checkpoint
-    leaves = jax.tree.leaves(abstract_params(held.config))
-    model = 4 * sum(leaf.size for leaf in leaves)
-    states = min(2, (schedule.steps - 1) // schedule.save_every)
-    folder = run.folder(stage)
-    need = model * (2 + 3 * states)
-    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    need = have = 0
+    for stage in stages:
+        schedule = run.build.schedule(planned(run.build).stages[stage].section)
+        build = run.build
+        held = build.teacher_checkpoint if stage == "teacher_sft" else build.student_checkpoint
+        leaves = jax.tree.leaves(abstract_params(held.config))
+        model = 4 * sum(leaf.size for leaf in leaves)
+        states = min(3, (schedule.steps - 1) // schedule.save_every)
+        need += model * (2 + 3 * states)
+        there = run.folder(stage).rglob("*")
+        have += sum(path.stat().st_size for path in there if path.is_file())
     free = shutil.disk_usage(run.workdir).free
     if need > have + free:
         raise InputError(
-            f"no space for {stage} in {run.workdir}: it takes about {need / 1e6:.0f} MB, "
-            f"{(have + free) / 1e6:.0f} MB are free; free some or give another --workdir"
+            f"no space for {' and '.join(stages)} in {run.workdir}: it takes about "
+            f"{need / 1e6:.0f} MB, {(have + free) / 1e6:.0f} MB are free; free some or give "
+            "another --workdir"
         )
 
 

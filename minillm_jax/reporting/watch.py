@@ -85,7 +85,7 @@ class Watch:
             if first is None:
                 began.append(value)
             if sign.shows(value, first):
-                at_first = "" if first is None else f", {first:.3g} at first"
+                at_first = "" if sign.factor is None else f", {first:.3g} at first"
                 what = f"{sign.says}: {sign.metric} {value:.3g}{at_first}"
                 found.append(self._warn(step, sign, what, sign.change))
         return [warning for warning in found if warning]

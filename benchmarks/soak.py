@@ -184,22 +184,25 @@ def soak(folder: Path, stops: int, seed: int, phases: int) -> dict[str, Any]:
     planned = planned[:phases]
     by_signal, by_phase, problems = Counter(), Counter(), []
     slowest, resumes, runs, equal = 0.0, 0, 0, 0
+    longest = seconds / 4  # of a start, which compiles nothing any more
     workdir, log = folder / "run", folder / "run.log"
     while sum(by_signal.values()) < stops or workdir.exists():
         more = sum(by_signal.values()) < stops
         phase, number = planned.pop() if more and planned else ("", draw.choice(signals))
         resumes += workdir.exists()
         before = log.stat().st_size if log.exists() else 0
-        child = start(workdir, log, phase, number)
-        code = None
+        child, code = start(workdir, log, phase, number), None
+        since = time.monotonic()
         if more and not phase:
-            code = wait(child, draw.uniform(0.2, 1.0) * seconds)
+            code = wait(child, draw.uniform(0.1, 0.9) * longest)
             if code is None:
                 os.kill(child, number)
                 sent = time.monotonic()
                 code = wait(child, WITHIN + 5)
                 slowest = max(slowest, time.monotonic() - sent)
         code = wait(child, 1e6) if code is None else code
+        if code == 0:
+            longest = min(max(longest, time.monotonic() - since), seconds)
         said = log.read_bytes()[before:].decode(errors="replace") if log.exists() else ""
         name = signal.Signals(number).name
         if code == -signal.SIGKILL or STOPPED in said or SENT in said:

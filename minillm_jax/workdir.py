@@ -29,7 +29,7 @@ _BEAT = 10.0  # seconds between two signs of life
 
 @contextlib.contextmanager
 def claimed(workdir: Path) -> Iterator[None]:
-    """Hold the work directory, which is made, while the block runs.
+    """Hold the work directory, which is made if need be, while the block runs.
 
     The lock is the system's on the file `lock`, so it ends with the process, however that ends.
     Where hosts do not see each other's locks the file's time tells: a run touches it every ten
@@ -38,7 +38,7 @@ def claimed(workdir: Path) -> Iterator[None]:
     Raises:
         InputError: another run holds it, naming its host and process.
     """
-    error, lock = None, None
+    error, lock, made = None, None, not workdir.exists()
     if hosts.is_main():
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -52,6 +52,8 @@ def claimed(workdir: Path) -> Iterator[None]:
     finally:
         if lock:
             lock.release()
+            if made and not any(workdir.iterdir()):  # nothing came of it
+                workdir.rmdir()
 
 
 def refuse_busy(workdir: Path):

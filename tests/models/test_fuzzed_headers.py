@@ -11,6 +11,7 @@ from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minillm_jax.data import gguf_vocabulary
 from minillm_jax.models import gguf, shards
 from minillm_jax.types import InputError
 
@@ -104,6 +105,11 @@ def whole(tmp_path_factory) -> bytes:
 
 
 def reader(path):
+    """Both readers: that of the tensors and that of the tokenizer."""
+    try:
+        gguf_vocabulary.metadata(path)
+    except InputError as error:
+        assert str(path) in str(error)
     return gguf.read(path)[1]
 
 

@@ -28,6 +28,7 @@ from minillm_jax.stages.held_out import held_out
 from minillm_jax.stages.plan import Stage
 from minillm_jax.stages.training import distill, fine_tune, student
 from minillm_jax.types import InputError
+from minillm_jax.workdir import claimed, refuse_another
 
 SHARED = ("teacher_sft", "teacher_answers", "student_sft", "teacher_targets")
 
@@ -52,13 +53,13 @@ def compare(config: Any, workdir: Path, methods: Sequence[str], seeds: int, toke
     numbers = range(config.seed, config.seed + seeds)
     for seed in numbers:
         place = workdir / f"seed{seed}"
-        pipeline.refuse_another(place, _of(config, config.method, seed))
+        refuse_another(place, _of(config, config.method, seed))
     write_json(workdir / "budget.json", {"tokens": tokens})
     for seed in numbers:
         place = workdir / f"seed{seed}"
         if not (place / "config.json").exists():
             write_json(place / "config.json", _of(config, config.method, seed).to_dict())
-        with MetricsWriter(place) as metrics:
+        with claimed(place), MetricsWriter(place) as metrics:
             for method in methods:
                 build = Builder(_of(config, method, seed), place)
                 one(Run(build, place, metrics), tokens)

@@ -13,13 +13,14 @@ MAX_FAMILY_LINES = 60
 
 # Imports go down, or stay within a layer; those of PEERLESS do not even know their neighbours.
 LAYERS = (
-    {"types", "axes", "hosts"},
+    {"types", "axes", "hosts", "stopping"},
     {"models", "objectives", "data"},
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},
     {
-        "pipeline", "comparison", "stages", "build", "assemble", "dataset", "recipe", "scratch",
-        "check", "geometry", "trainer", "checkpoint", "modelfiles", "named", "planning",
+        "pipeline", "comparison", "workdir", "stages", "build", "assemble", "dataset", "recipe",
+        "scratch", "check", "geometry", "trainer", "checkpoint", "record", "memory", "modelfiles",
+        "named", "planning",
     },
     {"main", "compare", "plan", "generate", "export", "evaluate", "judge", "program"},
 )  # fmt: skip

@@ -27,13 +27,17 @@ def evaluate(run: Run) -> Outcome:
         makers["sft"] = lambda: build.student(None if tuned else run.model("student_sft"))
     if run.model("distill").is_dir():
         makers[build.outline.method] = lambda: build.student(run.model("distill"))
-    return {"tokens": judge_models(run, makers, run.workdir / "evaluate"), "updates": 0}
+    tokens = judge_models(run, makers, run.workdir / "evaluate", keep=run.folder("evaluate"))
+    return {"tokens": tokens, "updates": 0}
 
 
-def judge_models(run: Run, makers: Makers, folder: Path, *, compare: bool = True) -> int:
+def judge_models(
+    run: Run, makers: Makers, folder: Path, *, compare: bool = True, keep: Path | None = None
+) -> int:
     """Judge models one after another and write what came of it; returns the tokens it took.
 
-    With `compare` the divergences from the teacher are measured. In `folder`:
+    With `compare` the divergences from the teacher are measured; `keep` as for `held_out`. In
+    `folder`:
 
         figures.json         {model: figures}, of the main test set
         tests.json           {test set: {model: {decoding: figures}}}, plain and with the n-gram ban
@@ -58,7 +62,7 @@ def judge_models(run: Run, makers: Makers, folder: Path, *, compare: bool = True
 
         for name, make in makers.items():
             model = make()
-            found[name] = held_out(run, model, done, name=name, compare=compare)
+            found[name] = held_out(run, model, done, name=name, compare=compare, keep=keep)
             figures = found[name].figures
             if compare and model is not build.teacher:
                 if c.overlap:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,10 +113,12 @@ def held_out(
     *,
     name: str = "",
     compare: bool = True,
+    keep: Path | None = None,
 ) -> HeldOut:
     """Every figure of one model on the test sets, and its answers.
 
-    `done` is told after each of `parts` how many tokens were written or read in it.
+    `done` is told after each of `parts` how many tokens were written or read in it. With `keep`, a
+    folder that has seen no other model of this `name`, answers are kept there and taken from there.
 
     Sampled answers (each model as it is, the teacher at `teacher.temperature`; the same keys for
     all) give the divergences from the teacher (with `compare`, and of another model) and the text
@@ -125,12 +128,18 @@ def held_out(
     """
     build, main = run.build, main_set(run)
     compare = compare and model is not build.teacher
-    sampled, best = respond_twice(run, model, main.examples, build.seed)
+
+    def kept(test: TestSet, decoding: str, seed: int) -> Path | None:
+        return keep / f"{name}-{test.name}-{decoding}-{seed}.jsonl" if keep else None
+
+    first = kept(main, "both", build.seed)
+    sampled, best = respond_twice(run, model, main.examples, build.seed, file=first)
     done(_tokens(best))
     samples, figures, coloured = [], [], []
     for number, seed in enumerate(seeds(run)):
         if number:
-            sampled = list(respond(run, model, main.examples, SAMPLED, seed))
+            file = kept(main, "plain", seed)
+            sampled = list(respond(run, model, main.examples, SAMPLED, seed, file=file))
         one = scored(run, name, main, sampled, seed)
         rows = measure(run, model, sampled) if compare else None
         if not number:
@@ -159,7 +168,8 @@ def held_out(
                 continue
             more = []
             for seed in seeds(run):
-                batches = list(respond(run, model, test.examples, warp, seed))
+                file = kept(test, decoding, seed)
+                batches = list(respond(run, model, test.examples, warp, seed, file=file))
                 more.append(scored(run, name, test, batches, seed, ban=decoding == "ban"))
                 done(_tokens(batches))
             tests.setdefault(test.name, {})[decoding] = _text_figures(more)

@@ -1,14 +1,22 @@
 """Several methods over several seeds: what they share, the budget, the table, a new start."""
 
 import json
-from types import SimpleNamespace
 
+import jax
 import pytest
 
 from minillm_jax import comparison, pipeline, trainer
 from minillm_jax.reporting import comparison as reporting
 from minillm_jax.types import InputError
 from tests.toy_run import compilation_cache, one_device, toy_config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """What is compiled here runs for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def finished(workdir):
@@ -80,7 +88,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path,
     assert not workdir.exists()
     config.distill.parameter = None
     monkeypatch.setattr(pipeline, "run_stage", lambda run, name, stage: None)
-    monkeypatch.setattr(comparison, "held_out", lambda run, model: SimpleNamespace(figures={}))
+    monkeypatch.setattr(comparison, "_judge", lambda run, name, make: None)
     monkeypatch.setattr(comparison, "answered", lambda run, split: run.build.data.prompts(split))
     with pytest.raises(InputError, match="a budget of 2 tokens leaves none for kd"):
         comparison.compare(config, workdir, ["kd"], 1, tokens=2)

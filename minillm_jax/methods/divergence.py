@@ -153,10 +153,10 @@ def _per_token(kd_ratio: float, scores: vocab.Scores, extras: Any, mask: Any) ->
     return kd_ratio * scores["divergence"] - (1 - kd_ratio) * scores["log_q"]
 
 
-def _about(rows: Sequences, who: jax.Array, buffer: Buffer | None) -> dict[str, jax.Array]:
+def _about(rows: Sequences, who: jax.Array, buffer: Buffer | None) -> dict[str, Any]:
     """Metrics of what was read; "tokens" goes in the place of the given batch's."""
     mask = rows.response_mask
-    told = {
+    told: dict[str, Any] = {
         "tokens": rows.prompt_mask.sum() + mask.sum(),
         "on_policy": (who > 0).astype(jnp.float32),
         "response_length": mask.sum() / jnp.maximum(mask.any(axis=1).sum(), 1),

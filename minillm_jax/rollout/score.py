@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 
 from minillm_jax.models import DecoderConfig, hidden_states
-from minillm_jax.types import Params, Sequences
+from minillm_jax.types import Array, Params, Sequences
 
 
 @flax.struct.dataclass
 class Taught(Sequences):
     """Given responses with the teacher's hidden states that predict them, read before."""
 
-    teacher_hidden: jax.Array  # [B, N, Dp]
+    teacher_hidden: Array  # [B, N, Dp]
 
 
 def teacher_states(
@@ -20,7 +20,7 @@ def teacher_states(
 ) -> jax.Array:
     """`response_states` of the teacher: those that come with the batch, or read now."""
     if isinstance(sequences, Taught):
-        return sequences.teacher_hidden
+        return jnp.asarray(sequences.teacher_hidden)
     return response_states(config, params, sequences, **options)
 
 

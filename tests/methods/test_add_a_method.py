@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ def test_its_loss_is_what_it_says_and_has_a_gradient(example):
 
 
 def test_a_config_takes_it_with_its_settings(example):
-    config = base()
+    config: Any = base()
     config.method = "jeffreys"
     found = registry.resolved(config).distill
     assert (found.divergence, found.on_policy, found.kd_ratio) == ("jeffreys", 0.5, 1.0)

@@ -54,10 +54,10 @@ def method(name, share=0.0, replay=None, taid=None, **options) -> Any:
 
 def start(method, step=0) -> Any:
     params = jax.tree.map(jnp.copy, Q)
-    zero = [jnp.zeros((), jnp.int32) for _ in range(2)]
+    one, two = (jnp.zeros((), jnp.int32) for _ in range(2))
     whole = replicated(make_mesh(devices=jax.devices()[:1]))
     memory = jax.tree.map(lambda x: jax.device_put(jnp.asarray(x), whole), method.memory)
-    return TrainState(jnp.int32(step), params, SGD.init(params), *zero, memory)
+    return TrainState(jnp.int32(step), params, SGD.init(params), one, two, memory)
 
 
 def key_of(step):

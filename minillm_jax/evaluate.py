@@ -119,7 +119,7 @@ def settings(workdir: Path | None, model: Path) -> tuple[Any, bool]:
         from configs.common import base
     except ModuleNotFoundError as error:
         raise InputError("start in the root of the checkout, which has configs/") from error
-    config = base()
+    config: Any = base()
     teacher = bool(workdir or TEACHER.value)
     if workdir:
         config.update(ml_collections.ConfigDict(read_json(workdir / "config.json")))

@@ -52,21 +52,22 @@ def main(argv: list[str]) -> None:
     """Judge the responses that the flags describe."""
     if len(argv) > 1:
         raise InputError(f"{argv[1]!r} is no flag: write --flag=value")
-    for name, value in (("responses", RESPONSES.value), ("judge", JUDGE.value)):
-        if not value:
-            raise InputError(f"--{name} is missing: give --responses DIR --judge MODEL")
+    responses, judge = RESPONSES.value, JUDGE.value
+    if not (responses and judge):
+        missing = "judge" if responses else "responses"
+        raise InputError(f"--{missing} is missing: give --responses DIR --judge MODEL")
     from minillm_jax.evaluation.endpoint import Endpoint, Settings
     from minillm_jax.evaluation.judging import figures, items, scores, verdict
     from minillm_jax.reporting.progress import Progress
     from minillm_jax.reporting.report import write_report
     from minillm_jax.reporting.writers import write_json, write_rows
 
-    file = responses_file(Path(RESPONSES.value))
+    file = responses_file(Path(responses))
     found = items(chosen(file), MODE.value, BASELINE.value)
     if not found:
         raise InputError(f"{file}: no responses of these --tests and --baseline to judge")
     settings = Settings(
-        model=JUDGE.value,
+        model=judge,
         base_url=BASE_URL.value,
         key_variable=KEY_VARIABLE.value,
         temperature=TEMPERATURE.value,
@@ -96,8 +97,8 @@ def main(argv: list[str]) -> None:
         ),
     )
     tests = figures((item, said) for item, _, said in judged)
-    judge = {"judge": JUDGE.value, "mode": MODE.value, "baseline": BASELINE.value, "tests": tests}
-    write_json(file.parent / f"judge_{MODE.value}.json", judge)
+    about = {"judge": judge, "mode": MODE.value, "baseline": BASELINE.value}
+    write_json(file.parent / f"judge_{MODE.value}.json", about | {"tests": tests})
     show(tests)
     if (file.parent.parent / "summary.json").exists():
         print(f"report: {write_report(file.parent.parent)}", file=sys.stderr)

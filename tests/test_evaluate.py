@@ -1,13 +1,16 @@
 """`evaluate` on models that are there: every measure, what it writes, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from minillm_jax.evaluate import check_answers
 from minillm_jax.evaluation import calibration
 from minillm_jax.reporting.writers import read_json, read_rows
 from minillm_jax.stages.held_out import pieces
+from minillm_jax.types import InputError
 from tests.evaluation.judge_server import serving
 from tests.toy_run import PROMPTS, command, one_device, write_teacher
 
@@ -97,6 +100,7 @@ def test_comparisons_with_the_teacher(judged):
     assert list(curves) == ["mine"] and len(curves["mine"]["excess"]) == 8
     # The first prefix is the prompt, which both read: no excess there.
     assert curves["mine"]["excess"][0] == pytest.approx(0, abs=1e-3)
+    assert max(map(abs, curves["mine"]["excess"][:4])) > 1  # percent
     last = curves["mine"]["excess"][curves["mine"]["reach"] - 1]
     assert figures["mine"]["exposure_bias"] == pytest.approx(last / 100)
 
@@ -201,6 +205,27 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, monkeypatch, capsys, word
     assert command(monkeypatch, "evaluate", "--template=alpaca", *words) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_answers_to_other_prompts_are_refused(tmp_path):
+    folder = tmp_path / "stages" / "teacher_answers"
+    folder.mkdir(parents=True)
+    rows = [SimpleNamespace(instruction=text) for text in ("long", "short", "other")]
+    write(
+        folder / "answers.jsonl",
+        {"split": "train", "instruction": "x"},
+        *({"split": "test", "instruction": row.instruction} for row in rows),
+    )
+
+    def asking(*which):
+        data = SimpleNamespace(
+            rows=lambda split: rows, prompts=lambda split: [SimpleNamespace(row=i) for i in which]
+        )
+        return SimpleNamespace(data=data)
+
+    check_answers(asking(0, 1), tmp_path)
+    with pytest.raises(InputError, match="answers to other prompts: leave --max_prompt"):
+        check_answers(asking(1, 2), tmp_path)
 
 
 class Bytes:

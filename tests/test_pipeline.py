@@ -19,7 +19,14 @@ from minillm_jax.models import hf
 from minillm_jax.stages import answers, evaluation, measures, training
 from minillm_jax.stages.skipped import read_batch
 from minillm_jax.types import InputError
-from tests.toy_run import PROMPTS, compilation_cache, one_device, toy_config, write_teacher
+from tests.toy_run import (
+    PROMPTS,
+    command,
+    compilation_cache,
+    one_device,
+    toy_config,
+    write_teacher,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +94,28 @@ def test_a_run_leaves_its_summary_report_metrics_and_answers(finished):
     assert len(answers) == 2 and set(json.loads(answers[0])["answers"]) == set(summary["models"])
     assert "<svg" in (workdir / "report.html").read_text()
     assert not list(workdir.rglob("*.part")) + list(workdir.rglob("*.tmp"))
+
+
+def test_a_run_is_evaluated_again_with_its_own_settings(finished, tmp_path, monkeypatch, capsys):
+    one_device(monkeypatch)
+    run, out = finished / "run", tmp_path / "out"
+    words = [f"--model={run}", "--seeds=2", f"--output={out}"]
+    assert command(monkeypatch, "evaluate", *words) == 0
+    again = json.loads((out / "evaluate" / "figures.json").read_text())
+    before = json.loads((run / "evaluate" / "figures.json").read_text())
+    assert list(again) == ["teacher", "run"]
+    # The first of the two seeds is that of the run; what is greedy or given is the same.
+    assert again["run"]["nll"] == pytest.approx(before["minillm"]["nll"])
+    assert again["run"]["greedy_rouge_l"] == before["minillm"]["greedy_rouge_l"]
+    first = [
+        json.loads(line) for line in (out / "evaluate" / "responses.jsonl").read_text().splitlines()
+    ]
+    first = [row["rouge_l"] for row in first if (row["model"], row["seed"]) == ("run", 0)]
+    assert np.mean(first) == pytest.approx(before["minillm"]["rouge_l"])
+    assert "reverse_kl_deviation" in again["run"]
+    capsys.readouterr()
+    assert command(monkeypatch, "evaluate", f"--model={run}", "--max_prompt=5") == 2
+    assert "within 5 tokens" in capsys.readouterr().err
 
 
 def test_the_student_on_disk_is_made_of_the_kept_layers(finished):

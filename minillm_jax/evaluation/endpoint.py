@@ -99,6 +99,7 @@ class Endpoint:
         self._pace = _Pace(settings.per_minute, sleep, clock)
         self._sleep = sleep
         self._client: Any = None
+        self._failed = threading.Event()  # a question had no reply: ask no more
 
     def estimate(self, questions: Sequence[str]) -> Estimate:
         """How many of the questions would be asked, and what that takes."""
@@ -132,13 +133,9 @@ class Endpoint:
         answered = len(questions) - len(missing)
         done(answered)
         with ThreadPoolExecutor(self.settings.parallel) as pool:
-            try:
-                for reply in pool.map(lambda question: self._reply(question, valid), missing):
-                    answered += reply is not None
-                    done(answered)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # one will not be answered: ask no more
-                raise
+            for reply in pool.map(lambda question: self._reply(question, valid), missing):
+                answered += reply is not None
+                done(answered)
         return [self._cache.replies[self._key(q)] for q in questions]
 
     def _key(self, question: str) -> str:
@@ -164,7 +161,16 @@ class Endpoint:
             max_retries=0,  # they are counted and paced here
         )
 
-    def _reply(self, question: str, valid: Callable[[str], bool]) -> str:
+    def _reply(self, question: str, valid: Callable[[str], bool]) -> str | None:
+        if self._failed.is_set():
+            return None  # an earlier one has no reply, which is about to be said
+        try:
+            return self._replied(question, valid)
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _replied(self, question: str, valid: Callable[[str], bool]) -> str:
         why, text = "", None
         for attempt in range(self.settings.attempts):
             self._pace.wait()

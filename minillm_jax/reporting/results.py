@@ -97,6 +97,13 @@ COLUMNS = (
         "the student's likeliest tokens that are among the teacher's, on the student's samples",
         "higher",
     ),
+    Column(
+        "entropy",
+        "Entropy",
+        "nats/token",
+        formats.fixed,
+        "of the student's distribution, per token, on its own samples",
+    ),
     Column("length", "Length", "tokens", lambda value: formats.fixed(value, 1), "mean length"),
     Column(
         "finished",

@@ -1,5 +1,6 @@
 """Tables of the report beside the main one: test sets and decodings, calibration, the judge."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +90,8 @@ def judged(found: Mapping[str, Any]) -> Table | None:
 
 
 def _cell(found: Mapping[str, Any], key: str, times: float, unit: str = "") -> str:
-    number = found.get(key)
+    number, spread = (found.get(name, math.nan) for name in (key, key + results.DEVIATION))
     if not is_number(number):
         return formats.MISSING
-    spread = found.get(f"{key}{results.DEVIATION}")
     after = f" ± {times * spread:.1f}" if is_number(spread) else ""
     return f"{times * number:.1f}{after}{unit}"

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +37,7 @@ class Server(ThreadingHTTPServer):
         self.asked: list[dict] = []
         self.keys: list[str] = []
         self.lock = threading.Lock()
+        self.stalled, self.released = 0, threading.Event()  # requests that wait, and their end
 
     @property
     def url(self) -> str:
@@ -54,7 +54,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.keys.append(self.headers["authorization"])
             reply = self.server.script.pop(0) if self.server.script else self.server.text
         if isinstance(reply, float):
-            time.sleep(reply)
+            self.server.stalled += 1
+            self.server.released.wait(reply)
+            self.server.stalled -= 1
             return  # the connection ends without a word
         if isinstance(reply, int):
             error = {"error": {"message": f"refused {self.headers['authorization']}"}}
@@ -86,6 +88,7 @@ def serving(*script: Reply, **options) -> Iterator[Server]:
     try:
         yield server
     finally:
+        server.released.set()
         server.shutdown()
         server.server_close()
         thread.join()

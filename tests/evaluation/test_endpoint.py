@@ -71,23 +71,23 @@ def test_what_may_pass_is_tried_again(tmp_path, bad, attempts):
 
 
 def test_a_server_that_stalls_is_given_up_on_and_asked_again(tmp_path):
-    with serving(1.0) as server:
-        (reply,) = endpoint(server, tmp_path, timeout=0.2).ask(["one"], scored)
-        assert reply == server.text and len(server.asked) == 2
+    with serving(5.0) as server:
+        (reply,) = endpoint(server, tmp_path, timeout=0.5).ask(["one"], scored)
+        assert reply == server.text and len(server.asked) >= 2
+        assert server.stalled  # the first still waits
 
 
 def test_a_run_that_breaks_off_keeps_what_it_has_and_goes_on(tmp_path):
     with serving("7", *[500] * 3) as server:
         with pytest.raises(InputError, match="no reply in 3 attempts, the last: status 500"):
             endpoint(server, tmp_path, attempts=3).ask(["one", "two", "three"], scored)
-        assert len(server.asked) <= 5  # and asks no more of the rest
-        before = len(server.asked)
+        assert len(server.asked) == 4  # and asks none of the rest
         file = tmp_path / "cache.jsonl"
         file.write_bytes(file.read_bytes().splitlines(True)[0] + b'{"key": "torn')
         told = []
         replies = endpoint(server, tmp_path).ask(["one", "two", "three"], scored, told.append)
         assert replies[0] == "7" and told == [1, 2, 3]
-        assert len(server.asked) == before + 2
+        assert len(server.asked) == 4 + 2
     assert len([json.loads(line) for line in file.read_text().splitlines()]) == 3
 
 

@@ -44,3 +44,13 @@ def test_what_is_missing_is_left_out():
 def test_rouge_is_shown_times_a_hundred_and_errors_beside_values():
     summary = {"models": {"sft": {"rouge_l": 0.2483, "rouge_l_stderr": 0.011}}}
     assert results.cell(summary, "sft", results.columns(summary)[0]) == "24.8 ± 1.1"
+
+
+def test_a_deviation_over_seeds_stands_before_the_standard_error_and_is_no_column():
+    figures = {"rouge_l": 0.25, "rouge_l_stderr": 0.011, "rouge_l_deviation": 0.02, "ece_sst2": 0.1}
+    summary = {"models": {"sft": figures}}
+    rouge_l, ece = results.columns(summary)
+    assert (rouge_l.label, ece.label) == ("Rouge-L", "ECE, sst2")
+    assert results.cell(summary, "sft", rouge_l) == "25.0 ± 2.0" and results.has_seeds(summary)
+    del figures["rouge_l_deviation"]
+    assert results.cell(summary, "sft", rouge_l) == "25.0 ± 1.1" and not results.has_seeds(summary)

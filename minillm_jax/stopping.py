@@ -37,6 +37,11 @@ def ask():
     _asked.set()
 
 
+def asked() -> bool:
+    """Whether this process has been asked to end."""
+    return _asked.is_set()
+
+
 def check(saved: str = ""):
     """A safe point: raise `Stopped` if this process, or another one of the run, was asked to end.
 

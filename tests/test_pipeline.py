@@ -16,7 +16,7 @@ from minillm_jax import dataset, pipeline, stopping
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.data import splits
 from minillm_jax.models import hf
-from minillm_jax.stages import answers, evaluation, measures, training
+from minillm_jax.stages import answers, evaluation, training
 from minillm_jax.stages.skipped import read_batch
 from minillm_jax.types import InputError
 from tests.toy_run import PROMPTS, compilation_cache, one_device, toy_config, write_teacher
@@ -374,11 +374,11 @@ def test_a_run_told_to_end_saves_in_every_stage_and_goes_on_to_the_same_bytes(
     one_device(monkeypatch)
     config, workdir = toy_config(finished), tmp_path / "run"
     points = (
-        (answers, "answer", 2, "teacher_answers, 8 of 12 rows are kept in"),
+        (answers, "answer", 2, "teacher_answers, 10 of 12 rows are kept in"),
         (training._Stage, "log", 3, "student_sft, saved after update 3 of 4"),
         (training._Stage, "log", 1, "student_sft, saved after update 4 of 4"),  # yet to be judged
-        (training._Stage, "evaluate", 2, "distill, saved after update 2 of 4"),  # in the middle
-        (measures, "measure", 1, "distill, saved after update 4 of 4"),
+        (training._Stage, "evaluate", 3, "distill, saved after update 2 of 4"),  # in the middle
+        (training._Stage, "evaluate", 2, "distill, saved after update 4 of 4"),
         (evaluation, "answer", 1, "evaluate, "),
     )
     for place, name, number, says in points:
@@ -421,7 +421,7 @@ def test_a_fork_goes_on_from_the_last_checkpoint_with_other_settings(copy, tmp_p
 
 def test_a_batch_that_is_not_finite_is_kept_and_gives_it_again(copy, tmp_path, monkeypatch, capsys):
     config, _ = copy
-    workdir = tmp_path / "run"
+    workdir = tmp_path / "fresh"
     config.distill.steps = 1
     method, kept = pipeline.Builder.minillm, []
 
@@ -430,7 +430,7 @@ def test_a_batch_that_is_not_finite_is_kept_and_gives_it_again(copy, tmp_path, m
 
         def collect(*args):
             rollout = found.collect(*args)
-            return rollout.replace(log_p=rollout.log_p.at[0, 0].set(np.nan))
+            return rollout.replace(teacher_hidden=rollout.teacher_hidden.at[0, 0].set(np.nan))
 
         def update(state, frozen, batch):
             kept.append((frozen, batch, jax.tree.map(np.asarray, state)))
@@ -460,11 +460,14 @@ def test_out_of_memory_says_what_the_plan_needs_and_what_to_set(copy, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(training.trainer, "fit", full)
+        patch.setitem(pipeline.memory.PROGRAMS, "distill", ("distill update",))
         with pytest.raises(InputError) as error:
             pipeline.execute(config, workdir, ["distill"])
     said = str(error.value)
-    assert "\n" not in said and said.startswith("distill: out of memory on cpu: collect needs ")
-    assert "distill update needs 0.0 GiB of" in said and "try --config.distill.remat=full" in said
+    assert "\n" not in said and said.startswith(
+        "distill: out of memory on cpu: distill update needs 0.0 GiB of"
+    )
+    assert "try --config.distill.remat=full" in said
     assert said.endswith("then the same command goes on")
 
 

@@ -429,6 +429,7 @@ def test_a_batch_that_is_not_finite_is_kept_and_gives_it_again(copy, tmp_path, m
         found = method(self)
 
         def collect(*args):
+            assert found.collect
             rollout = found.collect(*args)
             return rollout.replace(teacher_hidden=rollout.teacher_hidden.at[0, 0].set(np.nan))
 

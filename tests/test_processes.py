@@ -116,7 +116,7 @@ def test_one_of_two_is_told_to_end_and_then_one_dies_and_one_goes_on(folder, alo
     workdir = folder / "told"
     first, second = run(folder, workdir, 2, TERM_AT="student_sft/2", RANK="1")
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert "stopped: student_sft, saved after update 3 of 4; the same command" in first[2]
+    assert "stopped: student_sft, saved after update 2 of 4; the same command" in first[2]
     assert "stopped" not in second[2]
     left, dead = start(folder, workdir, 2, KILL_AT="distill/2", RANK="1")
     assert dead.wait(timeout=600) == -signal.SIGKILL

@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def load(asked: argparse.Namespace) -> Pair:
     """Read the teacher and the student; by default those of `configs/quickstart.py`."""
-    config = get_config()
+    config: Any = get_config()
     sha256 = SHA256 if asked.model == config.teacher.path else ""
     stored = hf.open_model(fetch.resolve(asked.model, sha256))
     kept = [int(i) for i in asked.layers.split(",") if i] or config.student.keep_layers

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from minillm_jax.reporting import comparison
 from minillm_jax.reporting.writers import MetricsWriter, read_json, read_rows, write_json
@@ -130,7 +131,7 @@ def _run(workdir: Path, metrics: MetricsWriter):
     from minillm_jax.build import Builder
     from minillm_jax.stages import Run
 
-    config = get_config()
+    config: Any = get_config()
     config.evaluate.prompts = read_json(workdir / "config.json")["evaluate"]["prompts"]
     return Run(Builder(config, workdir), workdir, metrics)
 

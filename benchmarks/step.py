@@ -11,6 +11,7 @@ an update takes longer when the next one is asked for only after it has ended.
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -126,7 +127,7 @@ def _state(pair: models.Pair, optimizer: Any) -> TrainState:
 def _rows(pair: models.Pair, asked: argparse.Namespace) -> Sequences:
     given = models.prompts(asked.batch, asked.prompt, pair.vocab)
     answers = models.prompts(asked.batch, asked.slots, pair.vocab)
-    return given.replace(response=answers.prompt, response_mask=answers.prompt_mask)
+    return replace(given, response=answers.prompt, response_mask=answers.prompt_mask)
 
 
 def _rollout(pair: models.Pair, asked: argparse.Namespace) -> Rollout:

@@ -168,6 +168,12 @@ def least(count: int) -> int:
     return int(np.min(multihost_utils.process_allgather(np.asarray(count))))
 
 
+def lost(error: BaseException) -> bool:
+    """Whether an error of jax says that another process of the run cannot be reached any more."""
+    gone = re.search(r"(?i)gloo|connection|unavailable|heartbeat|deadline", str(error))
+    return jax.process_count() > 1 and gone is not None
+
+
 def reaches(x: Any) -> bool:
     """Whether this process has all of an array by itself."""
     return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated

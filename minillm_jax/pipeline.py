@@ -163,6 +163,11 @@ def run_stage(run: Run, stage: str, this: Stage) -> None:
         kept = f"the last good checkpoint is {last}" if steps else "there is no checkpoint yet"
         raise InputError(f"{stage} stopped: {error}; {kept}") from error
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if hosts.lost(error):
+            after = "another process is gone; the last checkpoint is whole"
+            if stopping.asked():
+                raise stopping.Stopped(f"{stage}, {after}") from error
+            raise InputError(f"{stage}: {after}, and the same command goes on from it") from error
         if not memory.exhausted(error):
             raise
         line = memory.explain(run.build.config, run.workdir, stage)

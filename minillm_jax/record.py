@@ -99,8 +99,14 @@ def verify(run: Mapping[str, Any], items: Mapping[str, Any]):
 
 def sums(tree: Any) -> dict[str, int]:
     """The sum of the bits of every array of a tree, by name."""
-    names, leaves = zip(*by_name(tree).items(), strict=True) if by_name(tree) else ((), ())
-    return {name: int(np.asarray(x)) for name, x in zip(names, _sums(list(leaves)), strict=True)}
+    leaves, together = by_name(tree), {}
+    for name, leaf in leaves.items():  # those of the same devices in one program
+        devices = frozenset(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else None
+        together.setdefault(devices, []).append(name)
+    found = {}
+    for names in together.values():
+        found |= zip(names, _sums([leaves[name] for name in names]), strict=True)
+    return {name: int(np.asarray(value)) for name, value in found.items()}
 
 
 @jax.jit

@@ -37,6 +37,11 @@ def ask():
     _asked.set()
 
 
+def asked() -> bool:
+    """Whether this process has been asked to end."""
+    return _asked.is_set()
+
+
 def check(saved: str = ""):
     """A safe point: raise `Stopped` if this process, or another one of the run, was asked to end.
 
@@ -60,7 +65,7 @@ def _hear(reader: int):
     time.sleep(DEADLINE)
     from minillm_jax import hosts
 
-    if hosts.is_main():
+    if not hosts.global_state.process_id:  # to ask jax might wait for devices
         say("at the last checkpoint, for this step takes longer than the time there is")
     sys.stdout.flush()
     sys.stderr.flush()

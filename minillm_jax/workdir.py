@@ -38,15 +38,8 @@ def claimed(workdir: Path) -> Iterator[None]:
     Raises:
         InputError: another run holds it, naming its host and process.
     """
-    error, lock, made = None, None, not workdir.exists()
-    if hosts.is_main():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            lock = _Lock(workdir / "lock")
-        except (InputError, OSError) as refusal:
-            error = refusal
-    if not hosts.agree(error is None):
-        raise error or InputError(f"process 0 cannot have {workdir}: see its line")
+    made = not workdir.exists()
+    lock = _locked(workdir)
     try:
         yield
     finally:
@@ -58,8 +51,22 @@ def claimed(workdir: Path) -> Iterator[None]:
 
 def refuse_busy(workdir: Path):
     """Say at once that another run holds the directory, where nothing is to be written yet."""
-    if hosts.is_main() and (workdir / "lock").exists():
-        _Lock(workdir / "lock").release()
+    if workdir.exists() and (lock := _locked(workdir)):
+        lock.release()
+
+
+def _locked(workdir: Path) -> "_Lock | None":
+    """The lock in process 0; all processes are refused together."""
+    error, lock = None, None
+    if hosts.is_main():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = _Lock(workdir / "lock")
+        except (InputError, OSError) as refusal:
+            error = refusal
+    if not hosts.agree(error is None):
+        raise error or InputError(f"process 0 cannot have {workdir}: see its line")
+    return lock
 
 
 class _Lock:

@@ -339,7 +339,11 @@ def in_the_way(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def environment(name: str, value: str) -> Prepare:
-    return lambda folder, patch: [patch.setenv(name, value)][:0]
+    def prepare(folder, patch):
+        patch.setenv(name, value)
+        return []
+
+    return prepare
 
 
 case("pip without network", without_network, "cannot fetch llm-nothing==1.0 (no network); check")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minillm_jax import dataset, pipeline, stopping
+from minillm_jax import assemble, dataset, pipeline, stopping
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.data import splits
 from minillm_jax.models import hf
-from minillm_jax.stages import answers, evaluation, measures, training
+from minillm_jax.stages import answers, evaluation, training
 from minillm_jax.stages.skipped import read_batch
 from minillm_jax.types import InputError
 from tests.toy_run import (
@@ -403,11 +403,11 @@ def test_a_run_told_to_end_saves_in_every_stage_and_goes_on_to_the_same_bytes(
     one_device(monkeypatch)
     config, workdir = toy_config(finished), tmp_path / "run"
     points = (
-        (answers, "answer", 2, "teacher_answers, 8 of 12 rows are kept in"),
+        (answers, "answer", 2, "teacher_answers, 10 of 12 rows are kept in"),
         (training._Stage, "log", 3, "student_sft, saved after update 3 of 4"),
         (training._Stage, "log", 1, "student_sft, saved after update 4 of 4"),  # yet to be judged
-        (training._Stage, "evaluate", 2, "distill, saved after update 2 of 4"),  # in the middle
-        (measures, "measure", 1, "distill, saved after update 4 of 4"),
+        (training._Stage, "evaluate", 3, "distill, saved after update 2 of 4"),  # in the middle
+        (training._Stage, "evaluate", 2, "distill, saved after update 4 of 4"),
         (evaluation, "answer", 1, "evaluate, "),
     )
     for place, name, number, says in points:
@@ -450,16 +450,17 @@ def test_a_fork_goes_on_from_the_last_checkpoint_with_other_settings(copy, tmp_p
 
 def test_a_batch_that_is_not_finite_is_kept_and_gives_it_again(copy, tmp_path, monkeypatch, capsys):
     config, _ = copy
-    workdir = tmp_path / "run"
+    workdir = tmp_path / "fresh"
     config.distill.steps = 1
-    method, kept = pipeline.Builder.minillm, []
+    method, kept = assemble.policy_gradient, []
 
-    def poisoned(self):
-        found = method(self)
+    def poisoned(build):
+        found = method(build)
 
         def collect(*args):
+            assert found.collect
             rollout = found.collect(*args)
-            return rollout.replace(log_p=rollout.log_p.at[0, 0].set(np.nan))
+            return rollout.replace(teacher_hidden=rollout.teacher_hidden.at[0, 0].set(np.nan))
 
         def update(state, frozen, batch):
             kept.append((frozen, batch, jax.tree.map(np.asarray, state)))
@@ -467,7 +468,7 @@ def test_a_batch_that_is_not_finite_is_kept_and_gives_it_again(copy, tmp_path, m
 
         return found.__class__(update, collect)
 
-    monkeypatch.setattr(pipeline.Builder, "minillm", poisoned)
+    monkeypatch.setattr(assemble, "policy_gradient", poisoned)
     pipeline.execute(config, workdir, ["teacher_answers", "student_sft", "distill"])
     assert "distill: update 1 is skipped, its loss or gradient is not" in capsys.readouterr().err
     assert (pipeline.read_done(workdir, "distill") or {})["skipped"] == 1
@@ -489,11 +490,14 @@ def test_out_of_memory_says_what_the_plan_needs_and_what_to_set(copy, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(training.trainer, "fit", full)
+        patch.setitem(pipeline.memory.PROGRAMS, "distill", ("distill update",))
         with pytest.raises(InputError) as error:
             pipeline.execute(config, workdir, ["distill"])
     said = str(error.value)
-    assert "\n" not in said and said.startswith("distill: out of memory on cpu: collect needs ")
-    assert "distill update needs 0.0 GiB of" in said and "try --config.distill.remat=full" in said
+    assert "\n" not in said and said.startswith(
+        "distill: out of memory on cpu: distill update needs 0.0 GiB of"
+    )
+    assert "try --config.distill.remat=full" in said
     assert said.endswith("then the same command goes on")
 
 

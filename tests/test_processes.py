@@ -116,7 +116,7 @@ def test_one_of_two_is_told_to_end_and_then_one_dies_and_one_goes_on(folder, alo
     workdir = folder / "told"
     first, second = run(folder, workdir, 2, TERM_AT="student_sft/2", RANK="1")
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert "stopped: student_sft, saved after update 3 of 4; the same command" in first[2]
+    assert "stopped: student_sft, saved after update 2 of 4; the same command" in first[2]
     assert "stopped" not in second[2]
     left, dead = start(folder, workdir, 2, KILL_AT="distill/2", RANK="1")
     assert dead.wait(timeout=600) == -signal.SIGKILL
@@ -124,7 +124,9 @@ def test_one_of_two_is_told_to_end_and_then_one_dies_and_one_goes_on(folder, alo
     began = time.monotonic()
     _, error = left.communicate(timeout=60)
     assert time.monotonic() - began < 20
-    assert (left.returncode, "the same command goes on" in error) == (0, True), error
+    # It may have noticed by itself before SIGTERM came: a line, too, with another code.
+    assert left.returncode in (0, 2) and "the same command goes on" in error, error
+    assert "Traceback" not in error
     ((code, _, error),) = run(folder, workdir, 1)
     assert code == 0 and "student_sft: done" in error, error
     same(workdir, alone)

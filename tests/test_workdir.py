@@ -27,9 +27,11 @@ def test_a_second_run_is_refused_by_host_and_process_and_the_lock_goes_with_the_
             who = f"{folder} is in use by process {os.getpid()} on {socket.gethostname()}: wait"
             with pytest.raises(InputError, match=who):
                 again()
-    assert not list(folder.iterdir())
+    assert not folder.exists()  # nothing came of it
+    folder.mkdir()
     with claimed(folder):
         pass
+    assert folder.exists() and not list(folder.iterdir())
 
 
 KILLED = """

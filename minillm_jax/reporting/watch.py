@@ -63,7 +63,7 @@ class Watch:
     def add(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """Take the metrics after update `step`; warnings, most often none."""
         found = []
-        norm = metrics.get("grad_norm")
+        norm: Any = metrics.get("grad_norm")
         if is_number(norm):
             usual = statistics.median(self._norms) if len(self._norms) >= _FIRST else None
             if usual is not None and norm > 10 * usual:
@@ -77,7 +77,7 @@ class Watch:
                 )
             self._norms.append(norm)
         for sign in SIGNS:
-            value = metrics.get(sign.metric)
+            value: Any = metrics.get(sign.metric)
             if not is_number(value):
                 continue
             began = self._first.setdefault(sign.metric + sign.says, [])

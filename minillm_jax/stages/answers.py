@@ -12,7 +12,7 @@ from minillm_jax.data.examples import Example
 from minillm_jax.dataset import SPLITS
 from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
-from minillm_jax.reporting.writers import RowLog, read_rows, write_rows
+from minillm_jax.reporting.writers import RowLog, jsonable, read_rows, write_rows
 from minillm_jax.rollout import Warp, generate
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Outcome, Run
@@ -147,7 +147,7 @@ def in_batches(
                 yield kept[end - real : end]
                 continue
             stopping.check(f"{end - real} of {total} rows are kept in {file}")
-            rows = work(batch)
+            rows = [jsonable(row) for row in work(batch)]  # numbers as they will be read again
             log.append(*rows)
             yield rows
 

@@ -1,15 +1,16 @@
 """The stages that train a model: resume or start, run the loop, keep the best one."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from minillm_jax import assemble, hosts, modelfiles, trainer
+from minillm_jax import assemble, hosts, modelfiles, stopping, trainer
 from minillm_jax.build import Builder
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
@@ -86,7 +87,10 @@ def train(
             evaluated = False
         run.metrics.truncate(stage, progress.rows, int(state.step))
         first = int(state.step)
-        with Progress(stage, schedule.steps, headline=headline, start=first) as bar:
+        with (
+            saved_at_a_stop(checkpoints),
+            Progress(stage, schedule.steps, headline=headline, start=first) as bar,
+        ):
             progress.bar = bar
             state = trainer.fit(
                 method,
@@ -109,6 +113,20 @@ def train(
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     outcome |= {"skipped": int(state.skipped), "warnings": progress.warnings}
     return outcome | {"best": progress.best}
+
+
+@contextlib.contextmanager
+def saved_at_a_stop(checkpoints: Checkpoints) -> Iterator[None]:
+    """Let a run that was asked to end say so only when its state is on disk.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        yield
+    except stopping.Stopped:
+        checkpoints.wait()
+        raise
 
 
 class _Stage:

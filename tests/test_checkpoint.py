@@ -268,6 +268,17 @@ def test_every_changed_bit_and_every_swap_changes_the_sum_on_any_mesh():
         assert record.sums({"x": jnp.ones(3, kind)}) != record.sums({"x": jnp.zeros(3, kind)})
 
 
+def test_whole_files_with_other_numbers_are_noticed_by_their_sums(tmp_path):
+    _save(tmp_path / "a", 1, 2)
+    with Checkpoints(tmp_path / "b", SETTINGS) as checkpoints:
+        checkpoints.save(2, _state(3), {"position": 2})
+    shutil.rmtree(tmp_path / "a" / "2" / "state")
+    shutil.copytree(tmp_path / "b" / "2" / "state", tmp_path / "a" / "2" / "state")
+    with Checkpoints(tmp_path / "a", SETTINGS) as checkpoints:
+        assert _restore(checkpoints, _abstract()).step == 1
+    assert _names(tmp_path / "a") == ["1", "unreadable-2"]
+
+
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("part", range(4))
 def test_a_flipped_bit_anywhere_gives_the_previous_checkpoint_or_the_right_one(tmp_path, part):

@@ -119,7 +119,8 @@ def test_one_of_two_is_told_to_end_and_then_one_dies_and_one_goes_on(folder, alo
     assert "stopped: student_sft, saved after update 2 of 4; the same command" in first[2]
     assert "stopped" not in second[2]
     left, dead = start(folder, workdir, 2, KILL_AT="distill/2", RANK="1")
-    assert dead.wait(timeout=600) == -signal.SIGKILL
+    dead.communicate(timeout=600)
+    assert dead.returncode == -signal.SIGKILL
     left.send_signal(signal.SIGTERM)
     began = time.monotonic()
     _, error = left.communicate(timeout=60)

@@ -76,8 +76,9 @@ def further_sft(seed: int, workdir: Path, steps: int) -> dict:
 
     done = read_json(workdir / "summary.json")["stages"]
     sft, wanted = done["student_sft"], done["distill"]["seconds"]
-    rows = read_rows(workdir / "metrics.jsonl")
-    times = [row["seconds"] for row in rows if row["stage"] == "student_sft" and "loss" in row]
+    rows = read_rows(workdir / "timing.jsonl")
+    updates = [r for r in rows if r["stage"] == "student_sft" and "tokens_per_second" in r]
+    times = [row["seconds"] for row in updates]
     each = statistics.median(after - before for before, after in itertools.pairwise(times))
     rest = sft["seconds"] - each * sft["updates"]  # loading, compilation, validation
     with MetricsWriter(workdir) as metrics:

@@ -9,11 +9,12 @@
 #   --dry_run       print the commands and end
 #
 # The output of several processes has the number of the process before each line. INT and TERM go
-# to all of them; when one fails the others are ended, and its exit code is that of this script.
+# to all of them, and they save; when one fails the others are ended, and its exit code is that of
+# this script.
 set -euo pipefail
 
 python=${PYTHON:-python}
-grace=10 # seconds from a signal to KILL
+grace=25 # seconds from a signal to KILL: a run saves within 20
 
 usage() {
     echo "error: $1; usage: launch/local.sh [--processes N] [--devices D] [--port P] [--dry_run]" \
@@ -65,7 +66,7 @@ common+=("JAX_COORDINATOR_ADDRESS=localhost:$port" "JAX_NUM_PROCESSES=$processes
 set -m # or INT would be ignored in background processes
 pids=()
 
-end() { # SIGNAL CODE: end all processes, and this one
+end() { # SIGNAL CODE: end all processes, and this one; with 0 where TERM has ended all with 0
     trap '' INT TERM
     kill -s "$1" "${pids[@]}" 2> /dev/null || true
     for ((i = 0; i < 10 * grace; i++)); do
@@ -73,7 +74,9 @@ end() { # SIGNAL CODE: end all processes, and this one
         sleep 0.1
     done
     kill -s KILL "${pids[@]}" 2> /dev/null || true
-    wait
+    local worst=0
+    for pid in "${pids[@]}"; do wait "$pid" || worst=$?; done
+    [ "$2" = 143 ] && [ "$worst" = 0 ] && exit 0
     exit "$2"
 }
 trap 'end INT 130' INT

@@ -121,9 +121,11 @@ uv pip install --python .venv/bin/python -r requirements.txt 'jax[tpu]'"
 # other hosts by the metadata of the slice.
 run() {
     on_all "cd minillm_jax
-if [ -f run.pid ]; then kill \$(cat run.pid) 2> /dev/null && sleep 10; fi
+if [ -f run.pid ] && kill \$(cat run.pid) 2> /dev/null; then
+    for _ in \$(seq 25); do kill -0 \$(cat run.pid) 2> /dev/null || break; sleep 1; done
+fi
 echo \$\$ > run.pid
-MINILLM_DISTRIBUTED=auto exec .venv/bin/python -m minillm_jax.main $(printf '%q ' "$@")"
+MINILLM_STOP_CODE=75 MINILLM_DISTRIBUTED=auto exec .venv/bin/python -m minillm_jax.main $(printf '%q ' "$@")"
 }
 
 train() {

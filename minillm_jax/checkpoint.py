@@ -1,7 +1,7 @@
 """Checkpoints of a stage: state, position, settings and an optional buffer, saved in one piece.
 
     directory/STEP/state    the training state, a pytree of arrays and typed random keys
-                  /run      JSON: format, settings of the run, whatever the caller adds
+                  /run      JSON: `record`, with the settings and whatever the caller adds
                   /buffer   a second pytree (the rollout in use), where there is one
 
 Orbax writes a checkpoint under another name while training goes on and renames it when it is
@@ -28,11 +28,10 @@ from etils import epath
 from orbax.checkpoint import args as ocp_args
 from orbax.checkpoint import checkpoint_managers as policies
 
-from minillm_jax import hosts
+from minillm_jax import hosts, record
 from minillm_jax.named import arrays_by_name, settings_by_name
 from minillm_jax.types import InputError
 
-FORMAT = 1
 _PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what is being written
 
 
@@ -115,10 +114,10 @@ class Checkpoints:
             raise ValueError(f"step {step} is behind the latest checkpoint {latest}")
         with self._one_line():
             self._check_space([state, buffer])
-        run = {"format": FORMAT, "settings": self._settings, "extra": extra or {}}
-        items = {"state": ocp_args.StandardSave(state), "run": ocp_args.JsonSave(run)}
-        if buffer is not None:
-            items["buffer"] = ocp_args.StandardSave(buffer)
+        trees = {"state": state} | ({} if buffer is None else {"buffer": buffer})
+        run = record.record(self._settings, extra or {}, trees)
+        items: dict[str, Any] = {name: ocp_args.StandardSave(x) for name, x in trees.items()}
+        items["run"] = ocp_args.JsonSave(run)
         metrics = None
         if score is not None and math.isfinite(score):
             metrics = {"score": float(score)}
@@ -144,19 +143,25 @@ class Checkpoints:
             raise InputError(f"{self.directory} has no checkpoint {step}: choose one of {steps}")
         damaged = {}
         for candidate in [step] if step is not None else reversed(steps):
-            restored, failure = None, None
+            found, failure = None, None
             try:
-                restored = self._read(candidate, state, buffer)
+                found = self._read(candidate, state, buffer)
             except InputError:
                 raise
             except Exception as error:  # Orbax raises plain Exception for truncated files
                 failure = error
-            if not hosts.agree(failure is None):
+            if not hosts.agree(failure is None) or found is None:
                 damaged[candidate] = failure or OSError("another process cannot read it")
+                continue
+            run, trees = found
+            try:
+                record.verify(run, trees)  # the same on every process
+            except record.Damaged as error:
+                damaged[candidate] = error
                 continue
             for newer, error in damaged.items():
                 self._set_aside(newer, error)
-            return restored
+            return Restored(candidate, trees["state"], run["extra"], trees.get("buffer"))
         if not damaged:
             return None
         newest, error = next(iter(damaged.items()))
@@ -198,21 +203,24 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return sorted(self._manager.all_steps()) if self.directory.exists() else []
 
-    def _read(self, step: int, state: Any, buffer: Any) -> Restored:
+    def _read(self, step: int, state: Any, buffer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         run = self._manager.restore(step, args=ocp_args.Composite(run=ocp_args.JsonRestore()))
-        self._check_same(step, {"format": run["run"]["format"]}, {"format": FORMAT})
-        self._check_same(
-            step, settings_by_name(run["run"]["settings"]), settings_by_name(self._settings)
-        )
+        run = record.check(run["run"], os.fspath(self.directory / str(step)))
+        self._check_same(step, settings_by_name(run["settings"]), settings_by_name(self._settings))
+        saved = run.get("arrays") or self._arrays_of_format_1(step)
         wanted = {"state": state}
-        if buffer is not None and (self.directory / str(step) / "buffer").exists():
+        if buffer is not None and "buffer" in saved:
             wanted["buffer"] = buffer
-        saved = self._manager.item_metadata(step)
         for name, tree in wanted.items():
-            self._check_same(step, arrays_by_name(saved[name].tree), arrays_by_name(tree))
+            self._check_same(step, saved[name], arrays_by_name(tree))
         items = {name: ocp_args.StandardRestore(tree) for name, tree in wanted.items()}
         found = self._manager.restore(step, args=ocp_args.Composite(**items))
-        return Restored(step, found["state"], run["run"]["extra"], found.get("buffer"))
+        return run, {name: found[name] for name in wanted}
+
+    def _arrays_of_format_1(self, step: int) -> dict[str, dict[str, str]]:
+        saved, folder = self._manager.item_metadata(step), self.directory / str(step)
+        there = [name for name in ("state", "buffer") if (folder / name).exists()]
+        return {name: arrays_by_name(saved[name].tree) for name in there}
 
     def _check_same(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         for name in sorted(saved.keys() | wanted.keys()):

@@ -5,6 +5,7 @@
     JAX_PROCESS_ID            which of them this is, from 0
     MINILLM_DISTRIBUTED=auto  in place of the three: jax asks Slurm, Open MPI, GKE or the TPU host
     MINILLM_HOST_TIMEOUT      seconds to wait for the others, 300 by default
+    MINILLM_STOP_CODE         exit code after SIGTERM, 0 by default; launchers set another
 
 Without any of these there is one process, and every function here does nothing. `launch/` sets the
 environment; what the processes share out among them is not decided here.
@@ -39,11 +40,12 @@ def connect() -> None:
     Raises:
         InputError: a variable is wrong, no cluster is found, or process 0 cannot listen.
     """
+    stop_code()
     place = _place()
     if place is None:
         return
     seconds = _number("MINILLM_HOST_TIMEOUT", 1, default="300")
-    # jax would catch SIGTERM and leave it to the program to end: then no launcher could end it.
+    # jax would catch SIGTERM itself; `stopping` does.
     jax.config.update("jax_enable_preemption_service", False)
     # When its own time is up jax aborts the process with a stack trace; so ours is up first.
     watch = threading.Timer(seconds, _give_up, [seconds])
@@ -103,6 +105,15 @@ def _give_up(seconds: int) -> None:
     os._exit(2)
 
 
+def stop_code() -> int:
+    """Exit code of a run that SIGTERM has ended.
+
+    Raises:
+        InputError: the variable is no such number.
+    """
+    return _number("MINILLM_STOP_CODE", 0, 255, default="0")
+
+
 def leave(code: int) -> None:
     """End this process with `code` if there are others; at a usual exit it would wait for them."""
     if jax.distributed.is_initialized() and global_state.num_processes > 1:
@@ -145,7 +156,22 @@ def main_first(name: str) -> Iterator[None]:
 
 def agree(ok: bool) -> bool:
     """Whether `ok` is true on every process; every one must ask."""
+    if jax.process_count() == 1:
+        return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+
+def least(count: int) -> int:
+    """The smallest of the counts of all processes; every one must ask."""
+    if jax.process_count() == 1:
+        return count
+    return int(np.min(multihost_utils.process_allgather(np.asarray(count))))
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of jax says that another process of the run cannot be reached any more."""
+    gone = re.search(r"(?i)gloo|connection|unavailable|heartbeat|deadline", str(error))
+    return jax.process_count() > 1 and gone is not None
 
 
 def reaches(x: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from minillm_jax import program
+from minillm_jax import program, stopping
 from minillm_jax.types import InputError
 
 FLAGS = flags.FlagValues()
@@ -24,6 +24,9 @@ WORKDIR = flags.DEFINE_string(
 )
 STAGES = flags.DEFINE_list(
     "stages", None, "Run these stages alone, such as distill,evaluate.", flag_values=FLAGS
+)
+FORK = flags.DEFINE_string(
+    "fork", None, "Begin with the last checkpoint of this work directory.", flag_values=FLAGS
 )
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print config, stages and geometry, and end.", flag_values=FLAGS
@@ -53,8 +56,10 @@ def main(argv: list[str]) -> None:
         if hosts.is_main():
             print(json.dumps(described, indent=2))
     else:
-        pipeline.execute(config, workdir, STAGES.value)
+        source = Path(FORK.value) if FORK.value else None
+        pipeline.execute(config, workdir, STAGES.value, source)
 
 
 if __name__ == "__main__":
+    stopping.listen()
     program.run(main, FLAGS)

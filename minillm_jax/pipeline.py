@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from minillm_jax import hosts
+from minillm_jax import hosts, memory, stopping
 from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
 from minillm_jax.modelfiles import recover
@@ -27,10 +27,11 @@ from minillm_jax.models import abstract_params
 from minillm_jax.reporting.progress import print_table
 from minillm_jax.reporting.report import write_report
 from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
-from minillm_jax.stages import FREE_SETTINGS, Outcome, Run
+from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.plan import Plan, Stage, plan
 from minillm_jax.trainer import TrainingStopped
 from minillm_jax.types import InputError
+from minillm_jax.workdir import claimed, fork, refuse_another, refuse_busy
 
 
 def report(run: Run) -> Outcome:
@@ -79,17 +80,24 @@ def _inputs(workdir: Path, stage: Stage) -> dict[str, str]:
     return {name: done["finished"] for name, done in found.items() if done}
 
 
-def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> None:
-    """Run the stages `names` (all if None) that are not done.
+def execute(
+    config: Any, workdir: Path, names: Sequence[str] | None = None, source: Path | None = None
+) -> None:
+    """Run the stages `names` (all if None) that are not done; those of a fork of `source`.
 
-    Nothing is written before all that the run reads has been looked at.
+    Nothing else is written before all that the run reads has been looked at.
 
     Raises:
         InputError: an unknown stage, a missing input, a work directory of another config, no
             space, or a training that cannot go on.
+        Stopped: the run was asked to end.
     """
     build = Builder(config, workdir)
+    if source:
+        with claimed(workdir):
+            fork(source, workdir, config)
     refuse_another(workdir, config)
+    refuse_busy(workdir)
     stages = planned(build).stages
     chosen = chosen_stages(stages, names)
     to_do = [stage for stage in chosen if not is_done(workdir, stages, stage)]
@@ -97,17 +105,21 @@ def execute(config: Any, workdir: Path, names: Sequence[str] | None = None) -> N
     tuned = workdir / "stages" / "teacher_sft" / "model"
     if "teacher_sft" in stages and is_done(workdir, stages, "teacher_sft"):
         build.follow(tuned)
+    stopping.check()
     if set(to_do) - {"report"}:
         build.preflight(to_do)
     hosts.barrier("preflight")  # else one may write what another is still looking at
-    with MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
+    with claimed(workdir), MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
+        refuse_another(workdir, config)  # which may have been made meanwhile
         run = Run(build, workdir, metrics)
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())
+        check_space(run, [stage for stage in to_do if stages[stage].section])
         for stage in chosen:
             if is_done(workdir, stages, stage) and stage != "report":
                 print(f"{stage}: done, in {run.folder(stage)}", file=hosts.log())
                 continue
+            stopping.check(f"{stage} comes next")
             run_stage(run, stage)
             if stage == "teacher_sft":
                 build.follow(tuned)
@@ -131,7 +143,7 @@ def run_stage(run: Run, stage: str) -> None:
     if this.section:
         if hosts.is_main():
             recover(run.model(stage))
-        check_space(run, stage)
+        check_space(run, [stage])
     write_json(mark, {"inputs": inputs})
     if hosts.is_main():
         (folder / "done.json").unlink(missing_ok=True)
@@ -145,6 +157,19 @@ def run_stage(run: Run, stage: str) -> None:
         last = folder / "checkpoints" / str(max(steps, default=0))
         kept = f"the last good checkpoint is {last}" if steps else "there is no checkpoint yet"
         raise InputError(f"{stage} stopped: {error}; {kept}") from error
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if hosts.lost(error):
+            after = "another process is gone; the last checkpoint is whole"
+            if stopping.asked():
+                raise stopping.Stopped(f"{stage}, {after}") from error
+            raise InputError(f"{stage}: {after}, and the same command goes on from it") from error
+        if not memory.exhausted(error):
+            raise
+        line = memory.explain(run.build.config, run.workdir, stage)
+        raise InputError(f"{line}; then the same command goes on") from error
+    except stopping.Stopped as error:
+        saved = str(error) or "at the last checkpoint"
+        raise stopping.Stopped(f"{stage}, {saved}") from error
     outcome["seconds"] = round(time.monotonic() - began, 2)
     now = datetime.datetime.now(datetime.UTC).isoformat()
     outcome |= {"inputs": _inputs(run.workdir, this), "finished": now}
@@ -169,29 +194,32 @@ def check_inputs(workdir: Path, stages: Mapping[str, Stage], to_do: Sequence[str
                 )
 
 
-def check_space(run: Run, stage: str) -> None:
-    """Refuse a training stage for which the disk is too small, before it begins.
+def check_space(run: Run, stages: Sequence[str]) -> None:
+    """Refuse training stages for which the disk is too small, before they begin.
 
-    Beside the chosen student its successor is written, and beside a checkpoint (parameters and
+    Beside the chosen student its successor is written, and beside two checkpoints (parameters and
     two moments) the next one.
 
     Raises:
         InputError: with what is needed and what there is.
     """
-    schedule = run.build.schedule(planned(run.build).stages[stage].section)
-    build = run.build
-    held = build.teacher_checkpoint if stage == "teacher_sft" else build.student_checkpoint
-    leaves = jax.tree.leaves(abstract_params(held.config))
-    model = 4 * sum(leaf.size for leaf in leaves)
-    states = min(2, (schedule.steps - 1) // schedule.save_every)
-    folder = run.folder(stage)
-    need = model * (2 + 3 * states)
-    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    need = have = 0
+    for stage in stages:
+        schedule = run.build.schedule(planned(run.build).stages[stage].section)
+        build = run.build
+        held = build.teacher_checkpoint if stage == "teacher_sft" else build.student_checkpoint
+        leaves = jax.tree.leaves(abstract_params(held.config))
+        model = 4 * sum(leaf.size for leaf in leaves)
+        states = min(3, (schedule.steps - 1) // schedule.save_every)
+        need += model * (2 + 3 * states)
+        there = run.folder(stage).rglob("*")
+        have += sum(path.stat().st_size for path in there if path.is_file())
     free = shutil.disk_usage(run.workdir).free
     if need > have + free:
         raise InputError(
-            f"no space for {stage} in {run.workdir}: it takes about {need / 1e6:.0f} MB, "
-            f"{(have + free) / 1e6:.0f} MB are free; free some or give another --workdir"
+            f"no space for {' and '.join(stages)} in {run.workdir}: it takes about "
+            f"{need / 1e6:.0f} MB, {(have + free) / 1e6:.0f} MB are free; free some or give "
+            "another --workdir"
         )
 
 
@@ -205,40 +233,6 @@ def chosen_stages(stages: Mapping[str, Stage], names: Sequence[str] | None) -> l
     if unknown:
         raise InputError(f"no stage {unknown[0]!r}: choose from {', '.join(stages)}")
     return [name for name in stages if names is None or name in names]
-
-
-def refuse_another(workdir: Path, config: Any) -> None:
-    """Check that the work directory is new, or this config's.
-
-    Raises:
-        InputError: with the first settings that differ.
-    """
-    path, mine = workdir / "config.json", flatten(config.to_dict())
-    if not path.exists():
-        return
-    theirs = flatten(read_json(path))
-    different = [
-        name
-        for name in sorted(mine.keys() | theirs.keys())
-        if name.partition(".")[0] not in FREE_SETTINGS and mine.get(name) != theirs.get(name)
-    ]
-    if different:
-        shown = "; ".join(
-            f"{name}: {theirs.get(name)} there, {mine.get(name)} now" for name in different[:3]
-        )
-        more = f"; {len(different) - 3} more" if len(different) > 3 else ""
-        raise InputError(
-            f"{workdir} holds a run of another config ({shown}{more}): give another --workdir, "
-            "or the settings of that run"
-        )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts by dotted name, in JSON's types."""
-    if not isinstance(tree, dict):
-        return {prefix: json.loads(json.dumps(tree))}
-    parts = (flatten(v, f"{prefix}.{k}" if prefix else k) for k, v in tree.items())
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def describe(config: Any, workdir: Path, names: Sequence[str] | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
+from minillm_jax import stopping
 from minillm_jax.types import InputError
 
 CACHE_BYTES = 4 * 2**30  # of programs that are kept; those not used for longest go first
@@ -41,7 +42,8 @@ def run(main: Callable[[list[str]], None], known: flags.FlagValues) -> NoReturn:
 def call(main: Callable[[list[str]], None], known: flags.FlagValues, argv: Sequence[str]) -> int:
     """Parse `argv` into the flags `known`, call `main` with what is left, return the exit code.
 
-    0: done. 2: bad input, said in one line on standard error. 130: interrupted by the user.
+    0: done, or stopped by SIGTERM and saved. 2: bad input, said in one line on standard error.
+    130: interrupted by the user.
     """
     logging.set_verbosity(logging.WARNING)  # jax reports the backends that are not there
     if _asks_for_help(argv):
@@ -65,6 +67,12 @@ def call(main: Callable[[list[str]], None], known: flags.FlagValues, argv: Seque
         }
         cure = cures.get(error.errno, "correct the path or its permissions")
         return _fail(f"{error.filename or 'cannot write'}: {error.strerror}; {cure}")
+    except stopping.Stopped as error:
+        from minillm_jax import hosts
+
+        if hosts.is_main():
+            stopping.say(str(error))
+        return hosts.stop_code()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from minillm_jax import hosts, stopping
+from minillm_jax.evaluation.text import repetition
 from minillm_jax.methods import Method
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Sequences
@@ -71,9 +73,10 @@ class Schedule:
 class Hooks:
     """What the stage does with what the loop produces."""
 
-    log: Callable[[int, Mapping[str, float]], None]
+    log: Callable[[int, Mapping[str, float], Mapping[str, float]], None]  # step, metrics, times
     evaluate: Callable[[int, TrainState], None]
-    save: Callable[[int, TrainState, Any], None]  # step, state, rollout or None
+    save: Callable[[int, TrainState, Any, bool], None]  # step, state, rollout or None, evaluated?
+    skipped: Callable[[int, Any], None]  # step, the batch whose loss or gradient is not finite
 
 
 def fit(
@@ -87,6 +90,7 @@ def fit(
     seed: int,
     corpus: Blocks | None = None,
     rollout: Any = None,
+    evaluated: bool = True,
     seconds: float = float("inf"),
     put: Callable[[Any], Any] = lambda batch: batch,
     take: Callable[[Any, np.ndarray], Any] = lambda tree, rows: jax.tree.map(
@@ -100,53 +104,82 @@ def fit(
         batches: by update for methods that read, by collection for those that collect.
         corpus: by update; its blocks go to the method beside the batch, as (batch, blocks).
         rollout: the collection in use when the checkpoint was made, if there was one.
-
+        evaluated: whether `state` has been; if not, that comes first.
         put: puts the rows of a batch, or of the prompts of a collection, on the devices.
         take: takes rows of a collection, which is there already.
 
     Raises:
         TrainingStopped: after `MAX_SKIPPED` non-finite updates in a row.
+        Stopped: the run was asked to end; what has been trained is saved.
     """
     key = jax.random.key(seed)
     started = time.monotonic()
-    step = int(state.step)
-    while step < schedule.steps and time.monotonic() - started < seconds:
-        tick = time.monotonic()
-        extra: dict[str, float] = {}
-        if method.collect is None:
-            batch = batches[step]
-            tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
-            batch = put(batch)
-        else:
-            round_, place = schedule.place(step)
-            if place == 0:
-                prompts = put(batches[round_])
-                round_key = jax.random.fold_in(key, round_)
-                rollout = method.collect(state.params, frozen, prompts, round_key)
-                drawn = int(jax.block_until_ready(rollout.response_mask).sum())
-                extra["collect_seconds"] = time.monotonic() - tick
-                extra["collect_tokens_per_second"] = drawn / extra["collect_seconds"]
-            batch = take(rollout, schedule.rows(step, seed))
-            tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
-        if corpus is not None:
-            text = corpus[step]
-            tokens += text.size
-            batch = batch, put(text)
-        state, metrics = method.update(state, frozen, batch)
-        step += 1
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values |= extra | {"tokens": tokens}
-        values["tokens_per_second"] = tokens / (time.monotonic() - tick)
-        hooks.log(step, values)
-        if int(state.consecutive_skipped) >= MAX_SKIPPED:
-            raise TrainingStopped(
-                f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; "
-                "lower the learning rate, or look at the data of these steps"
-            )
-        last = step == schedule.steps
-        if last or step % schedule.evaluate_every == 0:
+    step = first = int(state.step)
+
+    def save():
+        more = method.collect is not None and 0 < schedule.place(step)[1] and step < schedule.steps
+        hooks.save(step, state, rollout if more else None, evaluated)
+
+    try:
+        if not evaluated:
             hooks.evaluate(step, state)
-        if not last and step % schedule.save_every == 0:
-            more = method.collect is not None and schedule.place(step)[1] != 0
-            hooks.save(step, state, rollout if more else None)
+            evaluated = True
+        while step < schedule.steps and time.monotonic() - started < seconds:
+            stopping.check()
+            tick = time.monotonic()
+            times: dict[str, float] = {}
+            extra: dict[str, float] = {}
+            if method.collect is None:
+                batch = batches[step]
+                tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+                batch = put(batch)
+            else:
+                round_, place = schedule.place(step)
+                if place == 0:
+                    prompts = put(batches[round_])
+                    round_key = jax.random.fold_in(key, round_)
+                    rollout = method.collect(state.params, frozen, prompts, round_key)
+                    drawn = int(jax.block_until_ready(rollout.response_mask).sum())
+                    times["collect_seconds"] = time.monotonic() - tick
+                    times["collect_tokens_per_second"] = drawn / times["collect_seconds"]
+                    extra["repetition"] = _repetition(rollout)
+                batch = take(rollout, schedule.rows(step, seed))
+                tokens = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+            if corpus is not None:
+                text = corpus[step]
+                tokens += text.size
+                batch = batch, put(text)
+            state, metrics = method.update(state, frozen, batch)
+            step += 1
+            due = step == schedule.steps or step % schedule.evaluate_every == 0
+            evaluated = not due
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            times["tokens_per_second"] = tokens / (time.monotonic() - tick)
+            hooks.log(step, values | extra | {"tokens": tokens}, times)
+            if values["skipped"]:
+                hooks.skipped(step, batch)
+            if int(state.consecutive_skipped) >= MAX_SKIPPED:
+                raise TrainingStopped(
+                    f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step}; "
+                    "lower the learning rate, or look at the data of these steps"
+                )
+            if due:
+                stopping.check()
+                hooks.evaluate(step, state)
+                evaluated = True
+            if step < schedule.steps and step % schedule.save_every == 0:
+                save()
+    except stopping.Stopped as error:
+        if step == first:  # saved already, or nothing to save
+            raise
+        save()
+        raise stopping.Stopped(f"saved after update {step} of {schedule.steps}") from error
     return state
+
+
+def _repetition(rollout: Any) -> float:
+    """Mean share of the 4-grams of a response that occurred earlier in it."""
+    ids, mask = hosts.fetch(rollout.response), hosts.fetch(rollout.response_mask)
+    return float(
+        np.mean([repetition(row[real].tolist()) for row, real in zip(ids, mask, strict=True)])
+    )

@@ -31,7 +31,7 @@ def test_the_best_score_is_kept_and_nan_never_beats_a_number(monkeypatch, score,
     state = SimpleNamespace(params={})
     left = iter(values)
     stage = training._Stage(
-        quiet, "s", start, None, lambda _: {score: next(left)}, f"valid_{score}", None
+        quiet, "s", start, lambda _: {score: next(left)}, f"valid_{score}", None, "sft"
     )
     for step in range(len(values)):
         stage.evaluate(step, state)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from minillm_jax import record
 from minillm_jax.checkpoint import Checkpoints, Restored
 from minillm_jax.sharding import make_mesh
 from minillm_jax.types import InputError
@@ -231,12 +232,73 @@ def test_other_settings_are_refused_by_name(tmp_path, change, culprit):
         Checkpoints(tmp_path, SETTINGS | change).restore(_abstract())
 
 
-def test_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("minillm_jax.checkpoint.FORMAT", 2)
+def test_newer_format_is_refused_with_what_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "FORMAT", record.FORMAT + 1)
     _save(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="made with format=2, this run has format=1"):
+    with pytest.raises(InputError, match="is of format 3, .* reads formats up to 2: go on with"):
         _restore(Checkpoints(tmp_path, SETTINGS), _abstract())
+
+
+def test_format_1_is_read(tmp_path, monkeypatch):
+    first = {"format": 1, "settings": SETTINGS, "extra": {"position": 1}}
+    monkeypatch.setattr(record, "record", lambda *_: first)
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        checkpoints.save(1, _state(1), buffer=_state(2))
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        restored = _restore(checkpoints, _abstract(), buffer=_abstract())
+    assert restored.extra == {"position": 1}
+    _same((restored.state, restored.buffer), (_state(1), _state(2)))
+
+
+def test_every_changed_bit_and_every_swap_changes_the_sum_on_any_mesh():
+    x = np.arange(32, dtype=np.float32).reshape(8, 4)
+    wanted = record.sums({"x": jnp.asarray(x)})
+    for spec in (("fsdp",), (None, "fsdp")):
+        assert record.sums({"x": _state(0, spec).params["x"]}) == wanted
+    for word in (0, 1, 17, 31):
+        for bit in range(32):
+            other = x.copy()
+            other.view(np.uint32).reshape(-1)[word] ^= np.uint32(1 << bit)
+            assert record.sums({"x": jnp.asarray(other)}) != wanted
+    assert record.sums({"x": jnp.asarray(x[:, ::-1])}) != wanted
+    kinds = (jnp.bfloat16, jnp.float16, bool, jnp.int8, jnp.uint32)
+    for kind in kinds:
+        assert record.sums({"x": jnp.ones(3, kind)}) != record.sums({"x": jnp.zeros(3, kind)})
+
+
+def test_whole_files_with_other_numbers_are_noticed_by_their_sums(tmp_path):
+    _save(tmp_path / "a", 1, 2)
+    with Checkpoints(tmp_path / "b", SETTINGS) as checkpoints:
+        checkpoints.save(2, _state(3), {"position": 2})
+    shutil.rmtree(tmp_path / "a" / "2" / "state")
+    shutil.copytree(tmp_path / "b" / "2" / "state", tmp_path / "a" / "2" / "state")
+    with Checkpoints(tmp_path / "a", SETTINGS) as checkpoints:
+        assert _restore(checkpoints, _abstract()).step == 1
+    assert _names(tmp_path / "a") == ["1", "unreadable-2"]
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("part", range(4))
+def test_a_flipped_bit_anywhere_gives_the_previous_checkpoint_or_the_right_one(tmp_path, part):
+    _save(tmp_path, 1, 2)
+    files = sorted(path for path in (tmp_path / "2").rglob("*") if path.is_file())
+    rng = np.random.default_rng(part)
+    for file in files[part::4]:
+        whole = file.read_bytes()
+        if not whole:
+            continue
+        for place in rng.integers(len(whole), size=3):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << int(rng.integers(8))
+            copy = tmp_path.with_name(f"{tmp_path.name}-{file.name}-{place}")
+            shutil.copytree(tmp_path, copy)
+            (copy / file.relative_to(tmp_path)).write_bytes(flipped)
+            with Checkpoints(copy, SETTINGS) as checkpoints:
+                restored = _restore(checkpoints, _abstract())
+            assert restored.step in (1, 2) and restored.extra == {"position": restored.step}
+            _same(restored.state, _state(restored.step))
 
 
 def test_remains_of_a_killed_save_are_ignored_and_removed_by_the_next(tmp_path):

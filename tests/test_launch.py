@@ -141,6 +141,20 @@ while true; do sleep 0.1; done""",
     assert sorted(out.splitlines()) == [f"[0] got {name}", f"[1] got {name}"]
 
 
+def test_local_ends_with_0_where_term_has_saved_all(environ, tmp_path):
+    fake = write(tmp_path / "fake", "trap 'exit 0' TERM; echo up; while true; do sleep 0.1; done")
+    script = subprocess.Popen(
+        [LAUNCH / "local.sh", "--processes", "2", "--port", "1", "--devices", "1", "--", *FLAGS],
+        env=environ | {"PYTHON": fake},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert script.stdout and script.stdout.readline() and script.stdout.readline()
+    script.send_signal(signal.SIGTERM)
+    script.communicate(timeout=30)
+    assert script.returncode == 0
+
+
 SRUN = """# As Slurm: two tasks of one node.
 while [[ $1 == --* ]]; do shift; done
 export SLURM_JOB_ID={job} SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_NODES=1
@@ -189,6 +203,14 @@ def test_slurm_queues_again_before_the_time_limit(environ, tmp_path):
     script.send_signal(signal.SIGUSR1)
     out, _ = script.communicate(timeout=30)
     assert out == "scontrol requeue 12\n"
+
+
+def test_slurm_queues_again_what_term_has_stopped(environ, tmp_path):
+    write(tmp_path / "bin" / "srun", 'exit "$MINILLM_STOP_CODE"')
+    write(tmp_path / "bin" / "scontrol", 'echo "scontrol $*"')
+    done = run("slurm.sbatch", "--", *FLAGS, environ=environ | {"SLURM_JOB_ID": "12"})
+    assert (done.returncode, done.stdout) == (75, "scontrol requeue 12\n")
+    assert "stopped by TERM and saved; queued again" in done.stderr
 
 
 # A slice in a file: `state` is what describe says; `preempt` counts the runs that lose it.
@@ -260,6 +282,8 @@ def test_jobset():
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     assert container["command"] == ["python", "-m", "minillm_jax.main"]
+    assert {"name": "MINILLM_STOP_CODE", "value": "75"} in container["env"]
+    assert pod["terminationGracePeriodSeconds"] > 20
     config = container["args"][0].removeprefix("--config=")
     assert (ROOT / config).is_file()
     assert {"name": "MINILLM_DISTRIBUTED", "value": "auto"} in [

@@ -13,13 +13,13 @@ MAX_FAMILY_LINES = 60
 
 # Imports go down, or stay within a layer; those of PEERLESS do not even know their neighbours.
 LAYERS = (
-    {"types", "axes", "hosts"},
+    {"types", "axes", "hosts", "stopping"},
     {"models", "objectives", "data"},
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},
     {
         "pipeline", "stages", "build", "dataset", "recipe", "scratch", "check", "geometry",
-        "trainer", "checkpoint", "modelfiles", "named", "planning",
+        "trainer", "checkpoint", "record", "memory", "modelfiles", "named", "planning", "workdir",
     },
     {"main", "plan", "generate", "export", "program"},
 )  # fmt: skip

@@ -1,7 +1,9 @@
 """Whole runs on a toy teacher: what they leave, what a second start skips, how they resume."""
 
+import contextlib
 import json
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -10,15 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minillm_jax import dataset, pipeline
+from minillm_jax import dataset, pipeline, stopping
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.data import splits
 from minillm_jax.models import hf
-from minillm_jax.stages import training
+from minillm_jax.stages import answers, evaluation, training
+from minillm_jax.stages.skipped import read_batch
 from minillm_jax.types import InputError
 from tests.toy_run import PROMPTS, compilation_cache, one_device, toy_config, write_teacher
-
-TIMES = ("seconds", "tokens_per_second", "collect_seconds", "collect_tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,7 @@ def files(workdir, *but):
 
 def rows(workdir, stage):
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    found = [row for row in found if row["stage"] == stage]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
+    return [row for row in found if row["stage"] == stage]
 
 
 def weights(workdir, stage):
@@ -97,7 +97,7 @@ def test_the_student_on_disk_is_made_of_the_kept_layers(finished):
 def test_a_second_start_reports_again_and_does_nothing_else(copy, capsys, monkeypatch):
     config, workdir = copy
     monkeypatch.setattr("minillm_jax.build.open_model", None)  # no weights are read
-    skip = ("report", "summary.json", "report.html", "metrics.jsonl")
+    skip = ("report", "summary.json", "report.html", "metrics.jsonl", "timing.jsonl")
     before = files(workdir, *skip)
     (workdir / "report.html").unlink()
     pipeline.execute(config, workdir)
@@ -246,8 +246,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(copy, finished, monkeypatch, s
     (workdir / "metrics.jsonl").unlink()
     log = training._Stage.log
 
-    def killed(self, step, values):
-        log(self, step, values)
+    def killed(self, step, values, times):
+        log(self, step, values, times)
         if step == 3:
             raise RuntimeError("killed")
 
@@ -260,7 +260,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(copy, finished, monkeypatch, s
     assert not (folder / "done.json").exists()
     steps = []
     monkeypatch.setattr(
-        training._Stage, "log", lambda self, s, v: (steps.append(s), log(self, s, v))
+        training._Stage, "log", lambda self, s, v, t: (steps.append(s), log(self, s, v, t))
     )
     pipeline.execute(config, workdir, [stage])
     assert steps == [3, 4]  # it went on, and did not begin again
@@ -329,11 +329,147 @@ def test_needed_space_is_that_of_two_models_and_the_checkpoints_in_flight(copy, 
         usage = namedtuple("usage", "total used free")(10**9, 0, free)
         monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
         run = pipeline.Run(pipeline.Builder(config), workdir, None)  # type: ignore[arg-type]
-        pipeline.check_space(run, "distill")
+        pipeline.check_space(run, ["distill"])
 
     with_free(need)
     with pytest.raises(InputError, match="no space for distill"):
         with_free(need - 1)
+
+
+def test_space_for_all_stages_is_looked_at_before_the_first_begins(copy, tmp_path, monkeypatch):
+    config, done = copy
+    held = sum(p.stat().st_size for p in (done / "stages").rglob("*") if p.is_file())
+    usage = namedtuple("usage", "total used free")(10**9, 0, held // 8)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="no space for student_sft and distill in"):
+        pipeline.execute(config, tmp_path / "new")
+    assert not (tmp_path / "new" / "stages").exists()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Ask for a stop when a function is called the nth time; the request ends with the block."""
+
+    @contextlib.contextmanager
+    def at(place, name, number):
+        call, calls = getattr(place, name), []
+
+        def counted(*args, **options):
+            calls.append(name)
+            if len(calls) == number:
+                stopping.ask()
+            return call(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stopping, "_asked", threading.Event())
+            patch.setattr(place, name, counted)
+            yield
+
+    return at
+
+
+def test_a_run_told_to_end_saves_in_every_stage_and_goes_on_to_the_same_bytes(
+    finished, tmp_path, monkeypatch, asked
+):
+    one_device(monkeypatch)
+    config, workdir = toy_config(finished), tmp_path / "run"
+    points = (
+        (answers, "answer", 2, "teacher_answers, 10 of 12 rows are kept in"),
+        (training._Stage, "log", 3, "student_sft, saved after update 3 of 4"),
+        (training._Stage, "log", 1, "student_sft, saved after update 4 of 4"),  # yet to be judged
+        (training._Stage, "evaluate", 3, "distill, saved after update 2 of 4"),  # in the middle
+        (training._Stage, "evaluate", 2, "distill, saved after update 4 of 4"),
+        (evaluation, "answer", 1, "evaluate, "),
+    )
+    for place, name, number, says in points:
+        with asked(place, name, number), pytest.raises(stopping.Stopped, match=says):
+            pipeline.execute(config, workdir)
+        assert not (workdir / "lock").exists()
+    pipeline.execute(config, workdir)
+    for file in ("metrics.jsonl", "evaluate/figures.json", "evaluate/answers.jsonl"):
+        assert (workdir / file).read_bytes() == (finished / "run" / file).read_bytes(), file
+    for stage in ("student_sft", "distill"):
+        mine, theirs = (weights(at, stage) for at in (workdir, finished / "run"))
+        jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+
+
+def test_a_fork_goes_on_from_the_last_checkpoint_with_other_settings(copy, tmp_path, capsys):
+    config, source = copy
+    new = tmp_path / "new"
+    with config.unlocked():
+        other = config.copy_and_resolve_references()
+    other.distill.learning_rate, other.name = 0.0, "other"
+    with pytest.raises(InputError, match=f"--fork={source} to go on from there"):
+        pipeline.execute(other, source)
+    before = files(source)
+    pipeline.execute(other, new, ["distill"], source)
+    said = capsys.readouterr().err
+    assert f"forked {source} at update 2 of distill: distill.learning_rate 0.001 -> 0.0, " in said
+    assert files(source) == before
+    made = json.loads((new / "fork.json").read_text())
+    assert (made["stage"], made["step"]) == ("distill", 2)
+    assert made["changed"]["name"] == {"was": "toy", "now": "other"}
+    mine, theirs = rows(new, "distill"), rows(source, "distill")
+    after = next(i for i, row in enumerate(mine) if row["step"] == 3)
+    assert mine[:after] == theirs[:after] and mine[after] != theirs[after]
+    assert rows(new, "student_sft") == rows(source, "student_sft")
+    pipeline.execute(other, new, ["distill"], source)  # the same command again
+    assert "distill: done" in capsys.readouterr().err
+    with pytest.raises(InputError, match="holds a run: give a new --workdir for a fork"):
+        pipeline.execute(other, new, ["distill"], tmp_path / "another")
+
+
+def test_a_batch_that_is_not_finite_is_kept_and_gives_it_again(copy, tmp_path, monkeypatch, capsys):
+    config, _ = copy
+    workdir = tmp_path / "fresh"
+    config.distill.steps = 1
+    method, kept = pipeline.Builder.minillm, []
+
+    def poisoned(self):
+        found = method(self)
+
+        def collect(*args):
+            assert found.collect
+            rollout = found.collect(*args)
+            return rollout.replace(teacher_hidden=rollout.teacher_hidden.at[0, 0].set(np.nan))
+
+        def update(state, frozen, batch):
+            kept.append((frozen, batch, jax.tree.map(np.asarray, state)))
+            return found.update(state, frozen, batch)
+
+        return found.__class__(update, collect)
+
+    monkeypatch.setattr(pipeline.Builder, "minillm", poisoned)
+    pipeline.execute(config, workdir, ["teacher_answers", "student_sft", "distill"])
+    assert "distill: update 1 is skipped, its loss or gradient is not" in capsys.readouterr().err
+    assert (pipeline.read_done(workdir, "distill") or {})["skipped"] == 1
+    (file,) = (workdir / "stages" / "distill" / "skipped").iterdir()
+    frozen, batch, state = kept[0]
+    again = read_batch(file, batch)
+    jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, batch))
+    build = pipeline.Builder(config, workdir)
+    _, metrics = method(build).update(jax.device_put(state), frozen, again)
+    assert file.name == "1.npz" and metrics["skipped"] == 1
+
+
+def test_out_of_memory_says_what_the_plan_needs_and_what_to_set(copy, monkeypatch):
+    config, workdir = copy
+    undo(workdir, "distill")
+
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.trainer, "fit", full)
+        patch.setitem(pipeline.memory.PROGRAMS, "distill", ("distill update",))
+        with pytest.raises(InputError) as error:
+            pipeline.execute(config, workdir, ["distill"])
+    said = str(error.value)
+    assert "\n" not in said and said.startswith(
+        "distill: out of memory on cpu: distill update needs 0.0 GiB of"
+    )
+    assert "try --config.distill.remat=full" in said
+    assert said.endswith("then the same command goes on")
 
 
 def test_a_dry_run_describes_and_touches_nothing(copy, tmp_path, monkeypatch):

@@ -54,8 +54,9 @@ class Recorder:
     def __init__(self, skipped=()):
         self.skipped, self.rows, self.collected = skipped, [], []
         self.blocks = []
-        self.logged, self.evaluated, self.saved = [], [], []
-        self.hooks = Hooks(self.log, self.evaluate, self.save)
+        self.logged, self.timed, self.evaluated, self.saved = [], [], [], []
+        self.not_finite = []
+        self.hooks = Hooks(self.log, self.evaluate, self.save, self.skip)
 
     def __getitem__(self, index):
         rows = 100 * index + np.arange(4, dtype=np.int32)[:, None]
@@ -77,15 +78,19 @@ class Recorder:
         self.collected.append((int(batch.prompt[0, 0]) // 100, jax.random.key_data(key).tolist()))
         return jax.tree.map(jnp.asarray, batch)
 
-    def log(self, step, values):
+    def log(self, step, values, times):
         self.logged.append((step, values))
+        self.timed.append((step, times))
+
+    def skip(self, step, batch):
+        self.not_finite.append((step, np.asarray(batch.response)[:, 0].tolist()))
 
     def evaluate(self, step, state):
         assert int(state.step) == step
         self.evaluated.append(step)
 
-    def save(self, step, state, rollout):
-        assert int(state.step) == step
+    def save(self, step, state, rollout, evaluated):
+        assert int(state.step) == step and evaluated
         self.saved.append((step, rollout is not None))
 
     def fit(self, schedule, *, collects, step=0, **options: Any):
@@ -116,7 +121,7 @@ def test_method_that_collects_reads_its_collection_until_it_is_used_up():
     assert seen.evaluated == [4, 8, 9]
     # Nothing of a used-up collection is worth its disk.
     assert seen.saved == [(step, step % 4 != 0) for step in range(1, 9)]
-    with_collection = [step for step, values in seen.logged if "collect_seconds" in values]
+    with_collection = [step for step, times in seen.timed if "collect_seconds" in times]
     assert with_collection == [1, 5, 9]
 
 
@@ -143,6 +148,7 @@ def test_too_many_skipped_updates_in_a_row_end_the_run():
     seen = Recorder(skipped=set(range(steps)) - {good})
     with pytest.raises(TrainingStopped, match=f"last at step {2 * MAX_SKIPPED};"):
         seen.fit(Schedule(steps, 4, 100, 100), collects=False)
+    assert seen.not_finite[0] == (1, [0, 1, 2, 3]) and len(seen.not_finite) == 2 * MAX_SKIPPED - 1
     assert seen.logged[-1][0] == 2 * MAX_SKIPPED  # what went wrong is in the log
 
 
@@ -197,16 +203,16 @@ def begin():
     return init_state(jax.device_put(params, state_shardings(ABSTRACT).params), OPTIMIZER, ABSTRACT)
 
 
-def train(state, rollout=None, *, save=lambda *_: None, schedule=RUN, killed_at=None):
+def train(state, rollout=None, *, save: Any = lambda *_: None, schedule=RUN, killed_at=None):
     """The last state on the host, and what the updates logged, without the times."""
     log = {}
 
-    def write(step, values):
-        log[step] = {name: x for name, x in values.items() if "second" not in name}
+    def write(step, values, times):
+        log[step] = values
         if step == killed_at:
             raise Killed
 
-    hooks = Hooks(write, lambda *_: None, save)
+    hooks = Hooks(write, lambda *_: None, save, lambda *_: None)
     state = fit(METHOD, state, P, Prompts(), schedule, hooks, seed=3, rollout=rollout)
     return jax.tree.map(np.array, state), log
 
@@ -216,7 +222,7 @@ def straight():
     """Six updates, and after each of them what a checkpoint would hold."""
     saved = {}
 
-    def save(step, state, rollout):
+    def save(step, state, rollout, evaluated):
         saved[step] = jax.tree.map(np.array, (state, rollout))
 
     every = Schedule(6, 4, 6, save_every=1, rollouts=8, inner_epochs=2)
@@ -239,7 +245,9 @@ def test_run_killed_between_checkpoints_resumes_from_disk(straight, tmp_path):
     with Checkpoints(tmp_path / "c", {"seed": 3}) as checkpoints, pytest.raises(Killed):
         train(
             begin(),
-            save=lambda step, state, rollout: checkpoints.save(step, state, buffer=rollout),
+            save=lambda step, state, rollout, evaluated: checkpoints.save(
+                step, state, buffer=rollout
+            ),
             killed_at=5,
         )
     found = jax.eval_shape(METHOD.collect, Q, P, Prompts()[0], jax.random.key(0))

@@ -4,6 +4,7 @@ from minillm_jax.reporting.progress import Progress, print_table
 from minillm_jax.reporting.report import write_report
 from minillm_jax.reporting.writers import (
     MetricsWriter,
+    RowLog,
     read_json,
     read_rows,
     write_json,
@@ -14,6 +15,7 @@ from minillm_jax.reporting.writers import (
 __all__ = [
     "MetricsWriter",
     "Progress",
+    "RowLog",
     "print_table",
     "read_json",
     "read_rows",

@@ -1,4 +1,4 @@
-"""Files of a run: `metrics.jsonl` row by row, and JSON written whole or not at all.
+"""Files of a run: `metrics.jsonl` and other rows, appended; and JSON written whole or not at all.
 
 Everything is strict JSON: a non-finite number is written as null.
 """
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,12 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace `path` by `text` atomically: a reader sees the old file or the new one.
+    """Replace `path` by `text` atomically, as `write_bytes`."""
+    write_bytes(path, _encode(text))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace `path` by `data` atomically: a reader sees the old file or the new one.
 
     Of several processes the first writes, and the others do nothing.
 
@@ -61,7 +66,7 @@ def write_text(path: str | Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(_encode(text))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -92,11 +97,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, *, until_damage: bool = False) -> list[dict[str, Any]]:
     """The rows of a JSONL file; none if it is absent.
 
     A last line that is not an object was torn by a kill and is dropped; any other one is an
-    InputError that names file and line.
+    InputError that names file and line, or with `until_damage` the end of what is returned.
     """
     path = Path(path)
     if not path.exists():
@@ -109,65 +114,48 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError
         except ValueError as error:
-            if number == len(lines):
+            if until_damage or number == len(lines):
                 break
             raise InputError(f"{path}:{number}: not a JSON object; delete this line") from error
         rows.append(row)
     return rows
 
 
-class MetricsWriter:
-    """Appends rows `{"stage", "step", "seconds", <metric>...}` to `workdir/metrics.jsonl`.
+class RowLog:
+    """Rows appended to a JSONL file and flushed at once, so that a killed run keeps them.
 
-    Every row is flushed. An existing file is continued; a last line torn by a kill is dropped.
-    Of several processes the first writes.
-    With `tensorboard`, the scalars also go to `workdir/tensorboard/<stage>`.
+    An existing file is continued; a last line torn by a kill is dropped. Of several processes the
+    first writes.
     """
 
-    def __init__(self, workdir: str | Path, tensorboard: bool = False):
-        self.path = Path(workdir) / "metrics.jsonl"
-        self._summary_writer = _summary_writer() if tensorboard and hosts.is_main() else None
-        self._boards: dict[str, Any] = {}
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         if self.path.exists() and not _is_whole(self.path):
             write_rows(self.path, read_rows(self.path))
         self._file = self._open()
 
-    def write(self, stage: str, step: int, seconds: float, metrics: Mapping[str, Any]) -> None:
-        """Append one row; `seconds` is the time since the stage began."""
-        taken = [name for name in _PLACE if name in metrics]
-        if taken:
-            raise ValueError(f"metric names {taken} are the row's own")
-        row = jsonable({"stage": stage, "step": int(step), "seconds": float(seconds), **metrics})
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Write these rows at the end."""
         try:
-            self._file.write(_encode(_dumps(row) + "\n"))
+            self._file.write(_encode("".join(_dumps(row) + "\n" for row in rows)))
             self._file.flush()
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        if self._summary_writer:
-            board = self._board(stage)
-            for name, value in row.items():
-                if name not in _PLACE and isinstance(value, int | float):
-                    board.add_scalar(name, value, step)
 
-    def truncate_after(self, stage: str, step: int) -> None:
-        """Drop the rows of `stage` beyond `step`, so that a resumed run writes none twice."""
+    def filter(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop the rows that are not wanted; each is asked about once, in order."""
         self._file.close()
         rows = read_rows(self.path)
-        kept = [row for row in rows if row.get("stage") != stage or row.get("step", 0) <= step]
+        kept = [row for row in rows if wanted(row)]
         if len(kept) < len(rows):
             write_rows(self.path, kept)
         self._file = self._open()
-        if self._summary_writer:
-            self._board(stage, purge_step=step + 1)
 
     def close(self) -> None:
-        """Close the file and the TensorBoard logs."""
+        """Close the file."""
         self._file.close()
-        for board in self._boards.values():
-            board.close()
-        self._boards.clear()
 
-    def __enter__(self) -> "MetricsWriter":
+    def __enter__(self) -> "RowLog":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -179,6 +167,74 @@ class MetricsWriter:
             return open(self.path if hosts.is_main() else os.devnull, "ab")
         except OSError as error:
             raise _cannot_write(self.path, error) from error
+
+
+class MetricsWriter:
+    """Rows `{"stage", "step", <metric>...}` of `metrics.jsonl`, and their times in `timing.jsonl`.
+
+    What the clock says, `{"stage", "step", "seconds", ...}`, is a file of its own, so that
+    `metrics.jsonl` is the same byte for byte however often a run was stopped. Both have a row
+    for each `write`. With `tensorboard`, the scalars of both go to `workdir/tensorboard/<stage>`.
+    """
+
+    def __init__(self, workdir: str | Path, tensorboard: bool = False):
+        self.path = Path(workdir) / "metrics.jsonl"
+        self._summary_writer = _summary_writer() if tensorboard and hosts.is_main() else None
+        self._boards: dict[str, Any] = {}
+        self._metrics, self._times = RowLog(self.path), RowLog(self.path.with_name("timing.jsonl"))
+
+    def write(
+        self,
+        stage: str,
+        step: int,
+        seconds: float,
+        metrics: Mapping[str, Any],
+        times: Mapping[str, float] | None = None,
+    ) -> None:
+        """Append a row; `seconds` since the stage began, `times` by the clock, too."""
+        taken = [name for name in _PLACE if name in metrics]
+        if taken:
+            raise ValueError(f"metric names {taken} are the row's own")
+        place = {"stage": stage, "step": int(step)}
+        times = times or {}
+        self._metrics.append({**place, **metrics})
+        self._times.append({**place, "seconds": float(seconds), **times})
+        if self._summary_writer:
+            board = self._board(stage)
+            for name, value in jsonable({**metrics, **times}).items():
+                if isinstance(value, int | float):
+                    board.add_scalar(name, value, step)
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """The rows of a stage, without their times."""
+        return [row for row in read_rows(self.path) if row.get("stage") == stage]
+
+    def truncate(self, stage: str, rows: int, step: int = 0) -> None:
+        """Keep the first `rows` rows of a stage, so that one that goes on writes none twice.
+
+        TensorBoard drops what comes after `step`.
+        """
+        for log in (self._metrics, self._times):
+            left = iter(range(rows))
+            log.filter(
+                lambda row, left=left: row.get("stage") != stage or next(left, None) is not None
+            )
+        if self._summary_writer:
+            self._board(stage, purge_step=step + 1)
+
+    def close(self) -> None:
+        """Close the files and the TensorBoard logs."""
+        self._metrics.close()
+        self._times.close()
+        for board in self._boards.values():
+            board.close()
+        self._boards.clear()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _board(self, stage: str, purge_step: int | None = None) -> Any:
         # One log per stage: TensorBoard drops the steps from `purge_step` on in the whole log.

@@ -18,6 +18,11 @@ Outcome = dict[str, Any]
 FREE_SETTINGS = ("mesh", "tensorboard")
 
 
+def own_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the meaning of a checkpoint."""
+    return {name: value for name, value in config.items() if name not in FREE_SETTINGS}
+
+
 @dataclass(frozen=True)
 class Run:
     """One experiment in its work directory."""

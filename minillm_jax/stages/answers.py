@@ -1,17 +1,18 @@
 """Answers of a model to prompts, and the stage in which the teacher writes what SFT learns from."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from minillm_jax import hosts
+from minillm_jax import hosts, stopping
 from minillm_jax.data.examples import Example
 from minillm_jax.dataset import SPLITS
 from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
-from minillm_jax.reporting.writers import read_rows, write_rows
+from minillm_jax.reporting.writers import RowLog, jsonable, read_rows, write_rows
 from minillm_jax.rollout import Warp, generate
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Outcome, Run
@@ -32,38 +33,22 @@ def respond(
     key = jax.random.key(seed)
     for index, (batch, real) in enumerate(run.build.data.ordered(examples, batch_size)):
         counted = np.arange(len(batch.prompt)) < real
-        yield _answer(run, model, batch, counted, warp, jax.random.fold_in(key, index)), real
+        stopping.check()
+        yield answer(run, model, batch, counted, warp, jax.random.fold_in(key, index)), real
 
 
-def respond_twice(
-    run: Run, model: Model, examples: Sequence[Example], seed: int
-) -> tuple[list[Answered], list[Answered]]:
-    """Let `model` answer prompts, sampled at temperature 1 and greedily, in one batch."""
-    key = jax.random.key(seed)
-    sampled: list[Answered] = []
-    greedy: list[Answered] = []
-    for index, (batch, real) in enumerate(run.build.data.ordered(examples)):
-        rows = len(batch.prompt)
-        counted = np.arange(rows) < real
-        once = jax.random.fold_in(key, index)
-        found = _answer(run, model, batch, counted, Warp(), once, with_greedy=True)
-        sampled.append((jax.tree.map(lambda x, rows=rows: x[:rows], found), real))
-        greedy.append((jax.tree.map(lambda x, rows=rows: x[rows:], found), real))
-    return sampled, greedy
-
-
-def _answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequences:
+def answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequences:
     """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
     options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
     ids, real = place((batch.prompt, batch.prompt_mask), batch_sharding(run.build.mesh))
     options["with_greedy"] = with_greedy
-    answer = generate(model.config, model.params, ids, real, key, **options)
+    found = generate(model.config, model.params, ids, real, key, **options)
     times = 1 + with_greedy
     return Sequences(
         prompt=np.tile(batch.prompt, (times, 1)),
         prompt_mask=np.tile(batch.prompt_mask, (times, 1)),
-        response=hosts.fetch(answer.tokens),
-        response_mask=hosts.fetch(answer.mask) & np.tile(counted, times)[:, None],
+        response=hosts.fetch(found.tokens),
+        response_mask=hosts.fetch(found.mask) & np.tile(counted, times)[:, None],
     )
 
 
@@ -79,41 +64,82 @@ def texts_of(run: Run, batches: Iterable[Answered]) -> list[str]:
     return run.build.tokenizer.decode_batch(found)
 
 
+def in_batches(
+    file: Path, batches: Sequence[tuple[Any, int]], work: Callable[[Any], list[dict[str, Any]]]
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows that `work` makes of each batch, written to `file` batch by batch.
+
+    `batches` says how many rows each gives. Those that an earlier start has written are read, as
+    many as make whole batches.
+
+    Raises:
+        Stopped: the run was asked to end between two batches.
+    """
+    kept = read_rows(file, until_damage=True)
+    there = hosts.least(len(kept))  # a process may see less of a file than the one that wrote it
+    total, ends = sum(real for _, real in batches), np.cumsum([real for _, real in batches])
+    first = int(np.searchsorted(ends, there, side="right"))
+    begin = int(ends[first - 1]) if first else 0
+    hosts.barrier(f"all have read {file}")
+    write_rows(file, kept[:begin])
+    with RowLog(file) as log:
+        for index, (batch, real) in enumerate(batches):
+            end = int(ends[index])
+            if index < first:
+                yield kept[end - real : end]
+                continue
+            stopping.check(f"{end - real} of {total} rows are kept in {file}")
+            rows = [jsonable(row) for row in work(batch)]  # numbers as they will be read again
+            log.append(*rows)
+            yield rows
+
+
 def teacher_answers(run: Run) -> Outcome:
     """The teacher answers the prompts; rows with text and exact token ids.
 
     Those of every split, or of the training split alone where the data has answers itself.
     """
     c = run.build.config.answers
-    rows, tokens = [], 0
     splits = SPLITS if c.source == "teacher" else ("train",)
     asked = {split: run.build.data.prompts(split) for split in splits}
     asked["train"] = asked["train"][: c.limit or None]
+    batches = []
+    for number, (split, prompts) in enumerate(asked.items()):
+        key = jax.random.key(run.build.seed * len(SPLITS) + number)
+        done = 0
+        for index, (batch, real) in enumerate(run.build.data.ordered(prompts, c.batch_size)):
+            here = split, prompts[done : done + real], batch, jax.random.fold_in(key, index)
+            batches.append((here, real))
+            done += real
+
+    def work(here):
+        split, prompts, batch, key = here
+        counted = np.arange(len(batch.prompt)) < len(prompts)
+        # p as it is: its temperature is that of `config.teacher`.
+        answers = answer(run, run.build.teacher, batch, counted, Warp(), key)
+        found = token_lists(answers, len(prompts))
+        source = run.build.data.rows(split)
+        return [
+            {
+                "split": split,
+                "instruction": source[example.row].instruction,
+                "input": source[example.row].input,
+                "output": text.strip(),
+                "tokens": ids,
+            }
+            for example, ids, text in zip(
+                prompts, found, run.build.tokenizer.decode_batch(found), strict=True
+            )
+        ]
+
+    done = tokens = 0
+    file = run.folder("teacher_answers") / "answers.jsonl"
     with Progress("teacher_answers", sum(map(len, asked.values()))) as bar:
-        for number, (split, prompts) in enumerate(asked.items()):
-            source = run.build.data.rows(split)
-            done = 0
-            seed = run.build.seed * len(SPLITS) + number
-            # p as it is: its temperature is that of `config.teacher`.
-            batches = respond(run, run.build.teacher, prompts, Warp(), seed, c.batch_size)
-            for batch, real in batches:
-                found = token_lists(batch, real)
-                texts = run.build.tokenizer.decode_batch(found)
-                for example, ids, text in zip(prompts[done:], found, texts, strict=False):
-                    row = source[example.row]
-                    rows.append(
-                        {
-                            "split": split,
-                            "instruction": row.instruction,
-                            "input": row.input,
-                            "output": text.strip(),
-                            "tokens": ids,
-                        }
-                    )
-                done += real
-                tokens += sum(map(len, found))
-                bar.update(len(rows), tokens=sum(map(len, found)))
-    write_rows(run.folder("teacher_answers") / "answers.jsonl", rows)
+        for rows in in_batches(file, batches, work):
+            done += len(rows)
+            written = sum(len(row["tokens"]) for row in rows)
+            tokens += written
+            bar.update(done, tokens=written)
     return {"tokens": tokens, "updates": 0}
 
 

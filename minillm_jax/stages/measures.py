@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm_jax import hosts
+from minillm_jax import hosts, stopping
 from minillm_jax.data.examples import Example
 from minillm_jax.evaluation import divergence
 from minillm_jax.evaluation.divergence import per_token, stack
@@ -15,6 +15,7 @@ from minillm_jax.rollout import Warp
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Run
 from minillm_jax.stages.answers import answered, references, respond, texts_of
+from minillm_jax.types import Sequences
 
 SAMPLED = Warp()
 Scores = dict[str, float]
@@ -24,17 +25,23 @@ def answer_loss(run: Run, examples: Sequence[Example], model: Model) -> float:
     """NLL per token of the answers of `examples`."""
     total = tokens = 0.0
     for batch, real in run.build.data.ordered(examples):
-        nll = divergence.answer_nll(
-            model.config,
-            model.params,
-            place(batch, batch_sharding(run.build.mesh)),
-            run.build.vocab,
-            run.build.arithmetic(model),
-            run.build.data.max_tokens,
-        )
-        total += float(hosts.fetch(nll)[:real].sum())
+        stopping.check()
+        total += float(batch_nll(run, model, batch)[:real].sum())
         tokens += float(batch.response_mask[:real].sum())
     return total / max(tokens, 1)
+
+
+def batch_nll(run: Run, model: Model, batch: Sequences) -> np.ndarray:
+    """-log q summed over each given response of a batch, [B]."""
+    nll = divergence.answer_nll(
+        model.config,
+        model.params,
+        place(batch, batch_sharding(run.build.mesh)),
+        run.build.vocab,
+        run.build.arithmetic(model),
+        run.build.data.max_tokens,
+    )
+    return hosts.fetch(nll)
 
 
 def validation(run: Run, model: Model, wanted: Set[str], source: str = "") -> Scores:

@@ -1,15 +1,16 @@
 """The stages that train a model: resume or start, run the loop, keep the best one."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from minillm_jax import hosts, modelfiles, trainer
+from minillm_jax import hosts, modelfiles, stopping, trainer
 from minillm_jax.build import Builder
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
@@ -17,10 +18,12 @@ from minillm_jax.methods import Method
 from minillm_jax.modelfiles import Model
 from minillm_jax.models import DecoderConfig
 from minillm_jax.reporting.progress import Progress
+from minillm_jax.reporting.watch import Watch
 from minillm_jax.sharding import batch_sharding, place, take_rows
-from minillm_jax.stages import FREE_SETTINGS, Outcome, Run
+from minillm_jax.stages import Outcome, Run, own_settings
 from minillm_jax.stages.answers import answered
 from minillm_jax.stages.measures import Scores, validation
+from minillm_jax.stages.skipped import keep_batch
 from minillm_jax.train_state import init_state
 from minillm_jax.types import Params
 
@@ -65,69 +68,105 @@ def train(
     print(f"{stage}: {in_words(build, section)}", file=hosts.log())
     abstract = build.abstract_state(start.config, section)
     rows = batch_sharding(build.mesh)
-    config = {name: v for name, v in build.config.to_dict().items() if name not in FREE_SETTINGS}
-    settings = {"stage": stage, "config": config}
+    settings = {"stage": stage, "config": own_settings(build.config.to_dict())}
     # A CPU has one memory: a copy for the writer would be a second state in it.
-    writing = {"keep": 1, "background": jax.default_backend() != "cpu"}
+    writing = {"keep": 2, "background": jax.default_backend() != "cpu"}
     with Checkpoints(folder / "checkpoints", settings, **writing) as checkpoints:
         buffer = _abstract_rollout(build, method, abstract, frozen, batches)
         restored = checkpoints.restore(abstract, buffer=buffer)
-        rollout, tokens = None, 0
+        keep = f"valid_{build.config[section].keep}"
+        progress = _Stage(run, stage, start, validate, keep, checkpoints, section)
         if restored:
             state, rollout = restored.state, restored.buffer
-            tokens = restored.extra["tokens"]
-            best = restored.extra["best"]
-            run.metrics.truncate_after(stage, restored.step)
+            evaluated = progress.resume(restored)
         else:
-            state, best = init_state(start.load(), optimizer, abstract), None
-            run.metrics.truncate_after(stage, -1)
-        keep = f"valid_{build.config[section].keep}"
-        progress = _Stage(run, stage, start, schedule, validate, keep, checkpoints)
-        progress.tokens, progress.best = tokens, best
+            state, rollout = init_state(start.load(), optimizer, abstract), None
+            evaluated = False
+        run.metrics.truncate(stage, progress.rows, int(state.step))
         first = int(state.step)
-        with Progress(stage, schedule.steps, headline=headline, start=first) as bar:
+        with (
+            saved_at_a_stop(checkpoints),
+            Progress(stage, schedule.steps, headline=headline, start=first) as bar,
+        ):
             progress.bar = bar
-            if not restored:
-                progress.evaluate(0, state)
             state = trainer.fit(
                 method,
                 state,
                 frozen,
                 batches,
                 schedule,
-                trainer.Hooks(progress.log, progress.evaluate, progress.save),
+                trainer.Hooks(
+                    progress.log, progress.evaluate, progress.save, progress.keep_skipped
+                ),
                 seed=build.seed,
                 rollout=rollout,
+                evaluated=evaluated,
                 seconds=seconds,
                 corpus=corpus,
                 put=lambda batch: place(batch, rows),
                 take=lambda rollout, which: take_rows(rollout, which, rows),
             )
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
-    return outcome | {"skipped": int(state.skipped), "best": progress.best}
+    outcome |= {"skipped": int(state.skipped), "warnings": progress.warnings}
+    return outcome | {"best": progress.best}
+
+
+@contextlib.contextmanager
+def saved_at_a_stop(checkpoints: Checkpoints) -> Iterator[None]:
+    """Let a run that was asked to end say so only when its state is on disk.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        yield
+    except stopping.Stopped:
+        checkpoints.wait()
+        raise
 
 
 class _Stage:
     """The hooks of one training stage, and the little that they remember."""
 
-    def __init__(self, run, stage, start, schedule, validate, keep, checkpoints):
-        self.run, self.stage, self.start, self.schedule = run, stage, start, schedule
+    def __init__(self, run, stage, start, validate, keep, checkpoints, section):
+        self.run, self.stage, self.start = run, stage, start
         self.validate, self.keep, self.checkpoints = validate, keep, checkpoints
         self.tokens, self.best = 0, None
+        self.rows = 0  # of the metrics
+        self.watch, self.warnings = Watch(section), 0
         self.bar: Progress | None = None
         self.began = time.monotonic()
 
-    def log(self, step, values):
+    def resume(self, restored) -> bool:
+        """Take up what a checkpoint remembers; returns whether its state has been evaluated."""
+        extra = {"evaluated": True, "rows": None} | restored.extra  # format 1 has neither
+        self.tokens, self.best, self.rows = extra["tokens"], extra["best"], extra["rows"]
+        if self.rows is None:
+            rows = self.run.metrics.rows(self.stage)
+            self.rows = sum(row["step"] <= restored.step for row in rows)
+        for row in self.run.metrics.rows(self.stage)[: self.rows]:  # what was warned of already
+            self.warnings += len(self.watch.add(row["step"], row))
+        return extra["evaluated"]
+
+    def write(self, step, values, times=None):
+        self.rows += 1
+        seconds = time.monotonic() - self.began
+        self.run.metrics.write(self.stage, step, seconds, values, times)
+
+    def log(self, step, values, times):
         self.tokens += int(values["tokens"])
-        self.run.metrics.write(self.stage, step, time.monotonic() - self.began, values)
+        self.write(step, values, times)
+        warnings = self.watch.add(step, values)
+        self.warnings += len(warnings)
         if self.bar:
             self.bar.update(step, tokens=values["tokens"], metrics=values)
+            for warning in warnings:
+                self.bar.log(f"warning: {self.stage}, {warning}")
 
     def evaluate(self, step, state):
         model = Model(self.start.config, state.params, self.start.hf_config)
         scores = {f"valid_{name}": value for name, value in self.validate(model).items()}
-        seconds = time.monotonic() - self.began
-        self.run.metrics.write(self.stage, step, seconds, scores)
+        self.write(step, scores)
         # The first model is kept whatever its score, so that there always is one.
         if self.best is None or self._better(scores[self.keep], self.best[self.keep]):
             self.best = {"step": step, self.keep: scores[self.keep]}
@@ -138,9 +177,18 @@ class _Stage:
             return True
         return value > best if self.keep == "valid_rouge_l" else value < best
 
-    def save(self, step, state, rollout):
+    def save(self, step, state, rollout, evaluated):
         extra = {"tokens": self.tokens, "best": self.best}
+        extra |= {"rows": self.rows, "evaluated": evaluated}
         self.checkpoints.save(step, state, extra, buffer=rollout)
+
+    def keep_skipped(self, step, batch):
+        keep_batch(self.run.folder(self.stage) / "skipped", step, batch)
+        if self.bar:
+            self.bar.log(
+                f"{self.stage}: update {step} is skipped, its loss or gradient is not finite;"
+                f" the batch is kept in {self.run.folder(self.stage) / 'skipped'}"
+            )
 
 
 def _abstract_rollout(build, method, abstract, frozen, batches):

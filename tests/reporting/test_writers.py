@@ -26,8 +26,10 @@ def test_rows_are_on_disk_at_once_and_strict(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write("distill", 3, 1.5, {"loss": math.nan, "kl": jnp.float32(0.5), "n": [np.inf]})
         text = (tmp_path / "metrics.jsonl").read_text()
-    expected = {"stage": "distill", "step": 3, "seconds": 1.5, "loss": None, "kl": 0.5, "n": [None]}
+        times = (tmp_path / "timing.jsonl").read_text()
+    expected = {"stage": "distill", "step": 3, "loss": None, "kl": 0.5, "n": [None]}
     assert _strict(text) == expected
+    assert _strict(times) == {"stage": "distill", "step": 3, "seconds": 1.5}
     assert text.endswith("\n")
 
 
@@ -42,12 +44,13 @@ def test_resume_leaves_no_row_twice(tmp_path):
             for step in range(1, steps + 1):
                 writer.write(stage, step, step, {"loss": 1.0})
     with MetricsWriter(tmp_path) as writer:
-        writer.truncate_after("distill", 3)
+        writer.truncate("distill", 3, step=3)
         assert len(read_rows(writer.path)) == 7
         for step in range(4, 7):
             writer.write("distill", step, step, {"loss": 2.0})
-    rows = [(row["stage"], row["step"]) for row in read_rows(tmp_path / "metrics.jsonl")]
-    assert rows == [("sft", s) for s in range(1, 5)] + [("distill", s) for s in range(1, 7)]
+    for file in ("metrics.jsonl", "timing.jsonl"):
+        rows = [(row["stage"], row["step"]) for row in read_rows(tmp_path / file)]
+        assert rows == [("sft", s) for s in range(1, 5)] + [("distill", s) for s in range(1, 7)]
 
 
 @pytest.mark.parametrize("torn", ['{"stage": "sft", "st', '{"stage": "sft", "st\n', "17\n", "\0\0"])
@@ -128,7 +131,7 @@ def test_tensorboard_gets_the_scalars_of_a_stage(tmp_path):
     pytest.importorskip("tensorboardX", reason="tensorboardX is an optional package")
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
         writer.write("distill", 1, 0.5, {"reverse_kl": 0.25, "loss": math.nan})
-        writer.truncate_after("distill", 0)
+        writer.truncate("distill", 0)
         writer.write("distill", 1, 0.5, {"reverse_kl": 0.75})
     records = _records(tmp_path / "tensorboard" / "distill")
     found = [r for r in records if b"reverse_kl" in r]

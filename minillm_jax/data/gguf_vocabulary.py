@@ -73,6 +73,8 @@ def read(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 def metadata(path: Path) -> dict[str, Any]:
     """The key-value part of a GGUF file, versions 2 and 3, little-endian."""
+    if not path.stat().st_size:  # which cannot be mapped
+        raise InputError(f"{path}: an empty file; download it again")
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
@@ -81,7 +83,7 @@ def metadata(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: not a GGUF file of version 2 or 3; convert it again")
         try:
             return _Reader(data).fields()
-        except (struct.error, KeyError, UnicodeDecodeError) as error:
+        except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as error:
             raise InputError(f"{path}: broken metadata ({error}); download it again") from error
 
 

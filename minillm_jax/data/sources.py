@@ -12,6 +12,8 @@ from typing import Any
 from minillm_jax.data import hub
 from minillm_jax.types import InputError
 
+MOST = 4 << 20  # bytes of a line
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,17 +54,24 @@ def read_jsonl(path: str | Path, *, need_output: bool = False) -> list[Row]:
 
     Raises:
         InputError: `file:line: what; cure` for a missing or broken file, invalid UTF-8 or JSON, a
-            missing, empty or wrongly typed field, a field given under both names, a NUL, no rows.
+            missing, empty or wrongly typed field, a field given twice or under both names, a NUL,
+            a line of more than `MOST` bytes, no rows.
     """
     path = Path(path)
     rows = []
-    for number, line in enumerate(lines(path), 1):
+    for number, line in enumerate(lines(path, MOST), 1):
         where = f"{path}:{number}"
+        if len(line) > MOST:
+            raise InputError(
+                f"{where}: a line of more than {MOST >> 20} MiB; one row per line, none that long"
+            )
         text = decoded(line, where, first=number == 1)
         if not text.strip():
             continue
         try:
-            fields = json.loads(text)
+            fields = json.loads(text, object_pairs_hook=_unique)
+        except _Twice as error:
+            raise InputError(f"{where}: {error} is given twice; keep one of them") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: invalid JSON ({error}); one object per line") from error
         rows.append(_row(fields, where, need_output))
@@ -81,12 +90,30 @@ def packaged_prompts(split: str) -> list[Row]:
         return read_jsonl(path)
 
 
-def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, which may be a `.gz`; one that cannot be read is an InputError."""
+class _Twice(Exception):
+    """A key of a JSON object that occurs twice: which one is meant is not known."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def lines(path: Path, most: int = -1) -> Iterator[bytes]:
+    """The lines of a file, which may be a `.gz`; one that cannot be read is an InputError.
+
+    Of a line of more than `most` bytes come the first `most` + 1, and no line after it.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            yield from file
+            while line := file.readline(most + 1 if most >= 0 else -1):
+                yield line
+                if 0 <= most < len(line):
+                    return
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; correct the path") from error
     except (OSError, EOFError, zlib.error) as error:

@@ -117,7 +117,8 @@ def test_flags_reach_the_pipeline(toy, tmp_path, monkeypatch):
     words = ["--config.seed=5", "--config.student.keep_layers=(1,)", "--stages=evaluate,report"]
     words += ["--config.distill.cliprange=0.2", "--noconfig.distill.single_step"]
     assert command(monkeypatch, "main", "--config", toy, *words) == 0
-    config, workdir, stages = calls[0]
+    config, workdir, stages, source = calls[0]
+    assert source is None
     assert (config.seed, config.student.keep_layers, stages) == (5, (1,), ["evaluate", "report"])
     assert (config.distill.cliprange, config.distill.single_step) == (0.2, False)
     assert workdir == Path("runs/toy")

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from minillm_jax.reporting import comparison
 from minillm_jax.reporting.writers import MetricsWriter, read_json, read_rows, write_json
@@ -49,16 +48,12 @@ def main() -> None:
     parser.add_argument(
         "--further_steps", type=int, default=0, help="updates of further SFT; 0: by time"
     )
-    parser.add_argument(
-        "--prompts", type=int, default=64, help="test prompts, twice those of the quickstart"
-    )
     asked = parser.parse_args()
     root = Path(asked.workdir)
     for seed in map(int, asked.seeds.split(",")):
         workdir = root / f"seed{seed}"
         command = [sys.executable, "-m", "minillm_jax.main", "--config", "configs/quickstart.py"]
-        command += [f"--config.seed={seed}", f"--config.evaluate.prompts={asked.prompts}"]
-        subprocess.run([*command, f"--workdir={workdir}"], check=True)
+        subprocess.run([*command, f"--config.seed={seed}", f"--workdir={workdir}"], check=True)
         if not (workdir / "further_sft.json").exists():
             control = further_sft(seed, workdir, asked.further_steps)
             write_json(workdir / "further_sft.json", control)
@@ -131,9 +126,7 @@ def _run(workdir: Path, metrics: MetricsWriter):
     from minillm_jax.build import Builder
     from minillm_jax.stages import Run
 
-    config: Any = get_config()
-    config.evaluate.prompts = read_json(workdir / "config.json")["evaluate"]["prompts"]
-    return Run(Builder(config, workdir), workdir, metrics)
+    return Run(Builder(get_config(), workdir), workdir, metrics)
 
 
 def tabulate(seeds: list[dict]) -> dict:

@@ -69,6 +69,6 @@ def test_where_no_safe_point_comes_the_run_ends_all_the_same():
     with subprocess.Popen(command, cwd=ROOT, env=env, **pipes) as process:
         assert process.stdout and process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=50)
+        _, said = process.communicate(timeout=30)
     assert process.returncode == 3
     assert said.startswith("stopped: at the last checkpoint") and said.count("\n") == 1

@@ -27,8 +27,9 @@ def models(folder):
     long = {"instruction": "why", "output": ["no " * 7, "red red red red red red"]}
     write(folder / "test.jsonl", *short, long)
     write(folder / "other.jsonl", long)
-    labelled = ({"sentence": f"{p} red", "label": i % 2} for i, p in enumerate(PROMPTS))
-    write(folder / "sst2.jsonl", *labelled)
+    # The toys' tokenizer has the words yes and no.
+    labelled = [{"question": p, "passage": "red", "answer": i > 2} for i, p in enumerate(PROMPTS)]
+    write(folder / "boolq.jsonl", *labelled)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def judged(tmp_path_factory):
         code = command(
             patch, "evaluate", f"--model=mine={folder / 'small'}", f"--teacher={folder / 'big'}",
             f"--test={folder / 'test.jsonl'}", f"--more_tests=other={folder / 'other.jsonl'}",
-            "--template=alpaca", "--max_prompt=80", "--max_response=8", "--batch_size=5",
+            "--template=alpaca", "--max_prompt=100", "--max_response=8", "--batch_size=5",
             "--seeds=2", "--seed=10", "--no_repeat_ngram=2", "--exposure_samples=2", "--overlap=3",
-            f"--calibration=sst2={folder / 'sst2.jsonl'}", f"--output={folder / 'out'}",
+            f"--calibration=boolq={folder / 'boolq.jsonl'}", f"--output={folder / 'out'}",
         )  # fmt: skip
     assert code == 0
     return folder / "out"
@@ -106,7 +107,7 @@ def test_comparisons_with_the_teacher(judged):
 
 
 def test_calibration_is_that_of_its_bins(judged):
-    found = read_json(judged / "evaluate" / "calibration.json")["sst2"]
+    found = read_json(judged / "evaluate" / "calibration.json")["boolq"]
     assert set(found) == {"teacher", "mine"}
     for one in found.values():
         assert one["rows"] == one["given"] == len(PROMPTS)
@@ -137,13 +138,13 @@ def test_the_report_shows_it_and_the_charts_are_files(judged):
         "Test sets",
         "n-gram ban",
         "Exposure bias",
-        "Reliability, sst2",
+        "Reliability, boolq",
         "deviation over seeds",
         'class="q',
     ):
         assert part in page
     plots = {file.name for file in (judged / "evaluate" / "plots").iterdir()}
-    assert plots == {"lengths-test.svg", "exposure-bias.svg", "reliability-sst2.svg"}
+    assert plots == {"lengths-test.svg", "exposure-bias.svg", "reliability-boolq.svg"}
 
 
 def test_a_judge_scores_the_answers_and_is_asked_once(judged, monkeypatch, capsys):

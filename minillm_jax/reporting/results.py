@@ -263,8 +263,8 @@ def comparisons(summary: Summary) -> list[Comparison]:
     ]
     found = []
     for model in reversed(students):
-        # A model of another name came from the SFT student; minillm from sft, sft from start.
-        order = [m for m in students[: students.index(model)] if m in LABELS and m != "minillm"]
+        # A method begins with the SFT student where there is one; that came from the start.
+        order = [m for m in students[: students.index(model)] if m in ("start", "sft")]
         if not order:
             continue
         new, old = (value(summary, m, "reverse_kl") or 0.0 for m in (model, order[-1]))

@@ -30,7 +30,9 @@ def test_a_difference_within_noise_is_said_to_be():
 
 def test_another_method_is_compared_with_the_sft_student():
     comparisons = results.comparisons(_summary(sft=0.5, minillm=0.4, gkd=0.45))
-    assert [(c.model, c.base) for c in comparisons] == [("gkd", "sft"), ("minillm", "sft")]
+    assert [(c.model, c.base) for c in comparisons] == [("minillm", "sft"), ("gkd", "sft")]
+    (unknown, _) = results.comparisons(_summary(sft=0.5, mine=0.4, start=0.9))
+    assert (unknown.model, unknown.base) == ("mine", "sft")
 
 
 def test_what_is_missing_is_left_out():

@@ -32,7 +32,7 @@ from configs.common import base
 from minillm_jax import checkpoint, pipeline, record, stopping, trainer
 from minillm_jax.build import Builder
 from minillm_jax.reporting.writers import write_json
-from minillm_jax.stages import answers, evaluation, training
+from minillm_jax.stages import answers, training
 
 WITHIN = 20.0  # seconds from SIGTERM to the end
 SENT, STOPPED = "soak: a signal", "; the same command goes on"
@@ -70,14 +70,14 @@ def _writing(self) -> bool:
 
 PHASES: dict[str, Place] = {
     "data preparation": (Builder, "preflight", lambda *_: True),
-    "teacher answers": (answers, "answer", lambda run, model, *_: model is run.build.teacher),
+    "teacher answers": (answers, "answer", lambda run, model, *_, **__: model is run.build.teacher),
     "SFT": _step("student_sft", 4),
     "collect": (trainer, "_repetition", lambda *_: True),
     "inner epoch 1": _step("distill", 5),
     "inner epoch 2": _step("distill", 7),
     "validation": (training._Stage, "evaluate", lambda self, at, _: at == 3),
     "checkpoint write": (checkpoint.Checkpoints, "wait", _writing),
-    "evaluation": (evaluation, "answer", lambda *_, **__: True),
+    "evaluation": (answers, "answer", lambda *_, with_greedy=False: with_greedy),
     "report": (pipeline, "write_report", lambda *_: True),
 }
 
@@ -88,7 +88,7 @@ def stop_in(phase: str, number: int):
     call, sent = getattr(place, name), []
 
     def stopped(*args, **options):
-        if not sent and is_it(*args):
+        if not sent and is_it(*args, **options):
             sent.append(phase)
             print(f"{SENT} in {phase}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), number)

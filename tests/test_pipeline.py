@@ -408,7 +408,7 @@ def test_a_run_told_to_end_saves_in_every_stage_and_goes_on_to_the_same_bytes(
         (training._Stage, "log", 1, "student_sft, saved after update 4 of 4"),  # yet to be judged
         (training._Stage, "evaluate", 3, "distill, saved after update 2 of 4"),  # in the middle
         (training._Stage, "evaluate", 2, "distill, saved after update 4 of 4"),
-        (evaluation, "answer", 1, "evaluate, "),
+        (evaluation, "held_out", 2, "evaluate, 0 of "),  # the first model is judged
     )
     for place, name, number, says in points:
         with asked(place, name, number), pytest.raises(stopping.Stopped, match=says):
@@ -427,13 +427,14 @@ def test_a_fork_goes_on_from_the_last_checkpoint_with_other_settings(copy, tmp_p
     new = tmp_path / "new"
     with config.unlocked():
         other = config.copy_and_resolve_references()
-    other.distill.learning_rate, other.name = 0.0, "other"
+    other.distill.learning_rate, other.name = 5e-4, "other"
     with pytest.raises(InputError, match=f"--fork={source} to go on from there"):
         pipeline.execute(other, source)
     before = files(source)
     pipeline.execute(other, new, ["distill"], source)
     said = capsys.readouterr().err
-    assert f"forked {source} at update 2 of distill: distill.learning_rate 0.001 -> 0.0, " in said
+    assert f"forked {source} at update 2 of distill: " in said
+    assert "distill.learning_rate 0.001 -> 0.0005, " in said
     assert files(source) == before
     made = json.loads((new / "fork.json").read_text())
     assert (made["stage"], made["step"]) == ("distill", 2)

@@ -67,10 +67,21 @@ def alone(folder):
     return workdir
 
 
+def judged(workdir):
+    """The answers of the evaluation, and apart from them log(p/q) of every sampled token."""
+    lines = (workdir / "evaluate" / "answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    samples = [one for row in rows for one in row["samples"].values()]
+    return rows, [x for one in samples for x in one.pop("log_ratio", [])]
+
+
 def same(workdir, alone):
     """Assert equal answers, metrics to 1e-5, and equal students to 1e-5."""
-    for file in ("stages/teacher_answers/answers.jsonl", "evaluate/answers.jsonl"):
-        assert (workdir / file).read_bytes() == (alone / file).read_bytes(), file
+    file = "stages/teacher_answers/answers.jsonl"
+    assert (workdir / file).read_bytes() == (alone / file).read_bytes()
+    (mine, ratios), (theirs, wanted) = (judged(at) for at in (workdir, alone))
+    assert mine == theirs
+    np.testing.assert_allclose(ratios, wanted, 0, 1.1e-3)  # they are written with three digits
     found, expected = (
         [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()]
         for at in (workdir, alone)

@@ -144,7 +144,7 @@ def test_the_temperature_is_the_teachers_alone(builder):
     builder.config.teacher.temperature = 0.5
     plain = builder.teacher_checkpoint.config
     tempered = dataclasses.replace(plain, logit_scale=2.0)
-    assert builder.teacher.config == tempered and builder._models()[1] == tempered
+    assert builder.teacher.config == tempered and assemble._models(builder)[1] == tempered
     assert_equal_trees(builder.teacher.params, hf.load(builder.config.teacher.path).params)
     # Its own fine-tuning is not at that temperature, nor is a student made of its layers.
     assert builder.untuned_teacher().config == plain

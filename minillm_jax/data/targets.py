@@ -70,7 +70,7 @@ class Targets:
             path, _ = self._files(index)
             if complaint := self._complaint(index):
                 raise InputError(f"{path}: {complaint}; delete {self.folder.parent} and run again")
-            data = np.load(path, mmap_mode="r")
+            data = np.load(path, mmap_mode="r", allow_pickle=False)
             first = 0
             for row in rows:
                 found[row.row] = data[first : first + len(row.response)]

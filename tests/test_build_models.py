@@ -148,7 +148,7 @@ def test_the_temperature_is_the_teachers_alone(builder):
     assert_equal_trees(builder.teacher.params, hf.load(builder.config.teacher.path).params)
     # Its own fine-tuning is not at that temperature, nor is a student made of its layers.
     assert builder.untuned_teacher().config == plain
-    assert builder.student().config == builder._models()[0]
+    assert builder.student().config == assemble._models(builder)[0]
     assert builder.student().config == dataclasses.replace(plain, layers=1)
 
 

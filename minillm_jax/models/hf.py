@@ -96,7 +96,8 @@ def save(
         described = family.read(hf_config)
     if described != config:
         raise InputError(f"cannot write {path}: its config.json would describe another model")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if hosts.is_main() and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        # Where nothing is to be gathered the first may have written before another one is here.
         raise InputError(f"{path} is there already and not empty; remove it or choose another")
     hf_config.pop("dtype", None)
     hf_config["torch_dtype"] = str(jax.tree.leaves(params)[0].dtype)  # read by 4.x and 5.x

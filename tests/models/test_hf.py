@@ -12,7 +12,7 @@ from refusals import refused
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from minillm_jax import models
+from minillm_jax import hosts, models
 from minillm_jax.models import hf
 from minillm_jax.models.families._hf import dtype_name
 from minillm_jax.types import InputError
@@ -216,6 +216,13 @@ def test_save_overwrites_nothing_and_refuses_a_wrong_model(folder, tmp_path):
             tmp_path / "out", config, {**params, "lora": params["final_norm"]["scale"]}, hf_config
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_comes_later_than_the_first_has_written_goes_on(folder, monkeypatch):
+    checkpoint = hf.load(folder)
+    monkeypatch.setattr(hosts, "is_main", lambda: False)
+    hf.save(folder, checkpoint.config, checkpoint.params, checkpoint.hf_config)
+    assert_equal_trees(hf.load(folder).params, checkpoint.params)
 
 
 def test_kept_layers_are_copied_and_counted(folder, tmp_path):

@@ -72,4 +72,5 @@ def _simulate(topology: str) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, FLAGS)
+    # Programs for machines that are not here can be written but not be read again.
+    program.run(main, FLAGS, keep=False)

@@ -23,9 +23,12 @@ from minillm_jax.types import InputError
 CACHE_BYTES = 4 * 2**30  # of programs that are kept; those not used for longest go first
 
 
-def run(main: Callable[[list[str]], None], known: flags.FlagValues) -> NoReturn:
-    """Run `main` with the command line of this process, and exit."""
-    if not _asks_for_help(sys.argv):
+def run(main: Callable[[list[str]], None], known: flags.FlagValues, keep: bool = True) -> NoReturn:
+    """Run `main` with the command line of this process, and exit.
+
+    `keep`: have jax keep the programs that it compiles.
+    """
+    if keep and not _asks_for_help(sys.argv):
         keep_programs()
     try:
         code = call(main, known, sys.argv)

@@ -1,5 +1,8 @@
 """What every command does before it starts: programs are kept, where there is a place for them."""
 
+import runpy
+import sys
+
 import jax
 import pytest
 
@@ -33,3 +36,12 @@ def test_a_folder_that_jax_has_already_stays(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", "mine")
     program.keep_programs()
     assert not kept and not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(("command", "keeps"), [("plan", False), ("export", True)])
+def test_programs_for_other_machines_are_not_kept(command, keeps, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [command, "--no_such_flag"])
+    monkeypatch.delitem(sys.modules, f"minillm_jax.{command}", raising=False)
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"minillm_jax.{command}", run_name="__main__")
+    assert bool(kept) == keeps

@@ -472,6 +472,13 @@ def test_a_batch_that_is_not_finite_is_kept_and_replayed(copy, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(assemble, "policy_gradient", poisoned)
         pipeline.execute(config, workdir, ["teacher_answers", "student_sft", "distill"])
+    (workdir / "stages" / "distill" / "checkpoints" / "unreadable-7").mkdir()
+    pipeline.execute(config, workdir, ["report"])
+    told = json.loads((workdir / "summary.json").read_text())["warnings"]
+    assert [(one["stage"], one["step"]) for one in told] == [("distill", 1), ("distill", 7)]
+    assert told[0]["text"].startswith("updates 1 to 3: they were skipped")
+    assert "distill/checkpoints/unreadable-7: this checkpoint was damaged" in told[1]["text"]
+    assert told[0]["text"] in (workdir / "report.html").read_text()
     files = [workdir / "stages" / "distill" / "skipped" / f"{step}.npz" for step in (1, 2, 3)]
     said = capsys.readouterr().err
     assert "distill: update 2 is skipped, its loss or gradient is not" in said

@@ -29,6 +29,9 @@ from tests.toy_run import (
     write_teacher,
 )
 
+SECRETS = ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The files and the work directory of a run that went through undisturbed."""
@@ -36,6 +39,8 @@ def finished(tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "compiled"
     with compilation_cache(cache), pytest.MonkeyPatch.context() as patch:
         one_device(patch)
+        for name in SECRETS:
+            patch.setenv(name, f"secret of {name}")
         pipeline.execute(toy_config(folder), folder / "run")
         yield folder
 
@@ -94,6 +99,8 @@ def test_a_run_leaves_its_summary_report_metrics_and_answers(finished):
     assert len(answers) == 2 and set(json.loads(answers[0])["answers"]) == set(summary["models"])
     assert "<svg" in (workdir / "report.html").read_text()
     assert not list(workdir.rglob("*.part")) + list(workdir.rglob("*.tmp"))
+    for file in [path for path in workdir.rglob("*") if path.is_file()]:
+        assert b"secret of " not in file.read_bytes(), file
 
 
 def test_a_run_is_evaluated_again_with_its_own_settings(finished, tmp_path, monkeypatch, capsys):

@@ -12,15 +12,13 @@ import pytest
 
 from minillm_jax.methods import divergence
 from minillm_jax.methods.on_policy import OnPolicy, Replay
-from minillm_jax.models import head, logits
 from minillm_jax.objectives import reduce, token
 from minillm_jax.objectives.taid import Schedule
-from minillm_jax.rollout import response_states
 from minillm_jax.sharding import make_mesh, replicated
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import InputError
 from tests.methods.test_sft import batch
-from tests.toy_models import toy
+from tests.toy_models import full_logits, toy
 
 VOCAB = 7
 STUDENT, Q = toy(0, vocab=VOCAB + 2, layers=1)  # both heads have padding rows, and not as many
@@ -71,10 +69,7 @@ def reader(on_policy) -> Any:
 
 
 def of_full_logits(params, rows):
-    def scores(config, params):
-        return logits(head(config, params), response_states(config, params, rows))[..., :VOCAB]
-
-    q, p = scores(STUDENT, params), scores(TEACHER, P)
+    q, p = (full_logits(m, rows, VOCAB) for m in ((STUDENT, params), (TEACHER, P)))
     values = 0.6 * token.jsd(q, p, 0.3) + 0.4 * token.cross_entropy(q, rows.response)
     return reduce.mean(reduce.total(values, rows.response_mask))
 

@@ -21,6 +21,7 @@ _LEAST = (
     | {f"distill.{name}": 1 for name in ("rollouts", "inner_epochs", "chunk")}
     | {
         "distill.collect_batch": 0,
+        "distill.cache_top_k": 0,
         "answers.batch_size": 1,
         "evaluate.batch_size": 1,
         "teacher_sft.steps": 0,
@@ -175,6 +176,11 @@ def check_learning(config: Any, entry: Entry) -> None:
         raise InputError(
             f"config.distill.cache_teacher=True: {config.method} does not meet the teacher on "
             "given answers alone, so nothing can be kept; set it to False"
+        )
+    if d.cache_top_k and not d.cache_teacher:
+        raise InputError(
+            f"config.distill.cache_top_k={d.cache_top_k} without config.distill.cache_teacher, "
+            "which it is of: set that to True, or this to 0"
         )
     copy = not (config.student.path or config.student.fine_tuned or config.student.keep_layers)
     if entry.kind == "divergence" and entry.start == "base" and copy:

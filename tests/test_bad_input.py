@@ -124,6 +124,7 @@ for method, setting, says in (
     ("minillm_no_single_step", "data.max_response=1", "term begins at the second token, so th"),
     ("gkd", "distill.on_policy=1.5", "config.distill.on_policy=1.5: the student's share is b"),
     ("gkd", "distill.answers=data", "train.jsonl:1: no output; give config.data.train a JSON"),
+    ("kd", "distill.cache_top_k=8", "cache_top_k=8 without config.distill.cache_teacher, which it"),
     ("gkd", "distill.cache_teacher=True", "gkd does not meet the teacher on given answers al"),
     ("distillm", "distill.replay=4", "config.distill.replay=4: keep at least the answers of"),
     ("jsd", "distill.divergence=kl", "config.distill.divergence='kl': choose from forward_kl"),

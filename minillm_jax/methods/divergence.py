@@ -9,7 +9,8 @@ answers of the teacher), GKD, generalised JSD, on-policy distillation, skew KL, 
 variation, AKL and, with a `taid.Schedule`, TAID: which is which says `registry`.
 
 1. `OnPolicy.source` gives the batch: the given one, or the student's own.
-2. The teacher reads it; per micro-batch the student does, and `vocab.loss_sum` meets both.
+2. The teacher reads it, or its hidden states or cut distribution come with it, read before; per
+   micro-batch the student reads it, and `vocab.loss_sum` meets both.
 3. TAID's t, and DistiLLM's buffer, are remembered in `TrainState.memory`.
 """
 
@@ -24,8 +25,9 @@ from minillm_jax.methods import Method, compiled, cross_entropy
 from minillm_jax.methods.accumulate import dropout_keys, gradients
 from minillm_jax.methods.on_policy import Buffer, OnPolicy
 from minillm_jax.models import DecoderConfig, head
-from minillm_jax.objectives import divergences, reduce, vocab
+from minillm_jax.objectives import divergences, reduce, top_k, vocab
 from minillm_jax.objectives.taid import Schedule
+from minillm_jax.objectives.top_k import Cut
 from minillm_jax.rollout import response_states, teacher_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Params, Sequences
@@ -78,6 +80,10 @@ def method(
     def between(z_q: jax.Array, z_p: jax.Array, t: jax.Array) -> jax.Array:
         return found.function(z_q, z_p, t if taid else fixed)
 
+    def between_cut(z_q: jax.Array, _: None, extras: Any) -> jax.Array:
+        t, ids, log_p = extras
+        return between(top_k.cut(z_q, ids), log_p, t)
+
     def apart(scores: vocab.Scores) -> jax.Array:
         if found.scored and "divergence" not in scores:
             return found.scored(scores)
@@ -94,9 +100,14 @@ def method(
         key = None if keys is None else keys[0]
         options = {"dtype": dtype, "remat": remat, "dropout_key": key, "max_tokens": max_tokens}
         hidden = response_states(student, params, rows, **options)
-        own = {"dtype": teacher_dtype, "max_tokens": max_tokens}
-        states = teacher_states(teacher, frozen, rows, **own)
-        q, p = head(student, params, hidden.dtype), head(teacher, frozen, states.dtype)
+        q, p, states = head(student, params, hidden.dtype), None, None
+        extras, how = t, None if found.scored else between
+        if isinstance(rows, Cut):
+            extras, how = (t, rows.ids, rows.log_p), between_cut
+        else:
+            own = {"dtype": teacher_dtype, "max_tokens": max_tokens}
+            states = teacher_states(teacher, frozen, rows, **own)
+            p = head(teacher, frozen, states.dtype)
         with jax.named_scope("vocabulary"):
             summed, scores = vocab.loss_sum(
                 per_token,
@@ -104,16 +115,16 @@ def method(
                 q.weight,
                 q.bias,
                 states,
-                p.weight,
-                p.bias,
+                p.weight if p else None,
+                p.bias if p else None,
                 labels,
                 mask,
-                t,
-                divergence=None if found.scored else between,
+                extras,
+                divergence=how,
                 vocab_size=on_policy.vocab,
             )
         scores["divergence"] = apart(scores)
-        pairs = {name: reduce.total(scores[name], mask) for name in LOGGED}
+        pairs = {name: reduce.total(scores[name], mask) for name in LOGGED if name in scores}
         pairs["nll"] = reduce.total(-scores["log_q"], mask)
         return pairs | {"loss": reduce.Pair(summed, pairs["nll"].count)}
 

@@ -11,12 +11,13 @@ import numpy as np
 
 from minillm_jax import hosts
 from minillm_jax.named import by_name
+from minillm_jax.objectives.top_k import Cut
 from minillm_jax.reporting.writers import write_bytes
 from minillm_jax.rollout import Rollout, Taught
 from minillm_jax.types import InputError, Sequences
 
 MOST = 10  # files that are kept of a stage, the newest
-KINDS = (Sequences, Taught, Rollout)  # told apart by their fields
+KINDS = (Sequences, Taught, Cut, Rollout)  # told apart by their fields
 
 
 def keep_batch(folder: Path, step: int, batch: Any):

@@ -80,7 +80,9 @@ def base() -> ml_collections.ConfigDict:
     # All methods but MiniLLM. None: as the method has it (minillm_jax/methods/registry.py).
     config.distill.kd_ratio = config_dict.placeholder(float)  # the teacher's share of the loss
     config.distill.answers = config_dict.placeholder(str)  # given ones: teacher, or data
-    config.distill.cache_teacher = False  # read given answers once and keep its hidden states
+    config.distill.cache_teacher = False  # read given answers once and keep its hidden states,
+    # or so many likeliest ids of a token, their log-probabilities and that of the rest; 0: exact
+    config.distill.cache_top_k = 0
     # Those made of a divergence: its name and parameter (minillm_jax/objectives/divergences.py),
     # the share of updates on the student's own answers, and how many of those are kept (0: none).
     config.distill.divergence = config_dict.placeholder(str)

@@ -97,7 +97,7 @@ def pair(
         fine_tuning(stage, side)
     if registry.find(method).start == "sft":  # 3 epochs before it, and of those the lowest loss
         config.sft.epochs, config.sft.keep = 3.0, "loss"
-    if registry.find(method).kind in ("kd", "divergence"):  # the rates and epochs of SFT
+    if registry.find(method).kind == "divergence":  # the rates and epochs of SFT
         fine_tuning(config.distill, student)
     else:
         minillm(config.distill, student, schedule)

@@ -8,7 +8,7 @@ from typing import Any
 
 from minillm_jax import recipe
 from minillm_jax.build import Builder
-from minillm_jax.methods import Method, divergence, kd, minillm, sft
+from minillm_jax.methods import Method, divergence, minillm, sft
 from minillm_jax.methods.corpus import CorpusLoss
 from minillm_jax.methods.on_policy import OnPolicy, Replay
 from minillm_jax.models import DecoderConfig
@@ -21,9 +21,9 @@ from minillm_jax.train_state import state_shardings
 def distill(build: Builder) -> Method:
     """The method of the stage `distill`."""
     kind = build.outline.entry.kind
-    if kind == "kd" and not build.outline.needs_teacher:
+    if not build.outline.needs_teacher:
         return supervised(build, name="distill")
-    return {"kd": word_level, "divergence": by_divergence, "minillm": policy_gradient}[kind](build)
+    return {"divergence": by_divergence, "minillm": policy_gradient}[kind](build)
 
 
 def supervised(build: Builder, model: DecoderConfig | None = None, name: str = "sft") -> Method:
@@ -35,19 +35,6 @@ def supervised(build: Builder, model: DecoderConfig | None = None, name: str = "
         vocab=build.vocab,
         **_given_answers(build),
         **_common(build, model, name),
-    )
-
-
-def word_level(build: Builder) -> Method:
-    """Word-level KD."""
-    return kd.method(
-        *_models(build),
-        *build.optimizer("distill"),
-        vocab=build.vocab,
-        kd_ratio=build.config.distill.kd_ratio,
-        teacher_dtype=build.config.teacher.dtype,
-        **_given_answers(build),
-        **_common(build, build.student_checkpoint.config, "distill"),
     )
 
 

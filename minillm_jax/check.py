@@ -21,6 +21,7 @@ _LEAST = (
     | {f"distill.{name}": 1 for name in ("rollouts", "inner_epochs", "chunk")}
     | {
         "distill.collect_batch": 0,
+        "distill.cache_top_k": 0,
         "answers.batch_size": 1,
         "evaluate.batch_size": 1,
         "teacher_sft.steps": 0,
@@ -159,7 +160,7 @@ def check_learning(config: Any, entry: Entry) -> None:
         if config[name].learning_rate == 0:
             raise InputError(f"config.{name}.learning_rate=0: nothing is learnt at it, raise it")
     # SeqKD's teacher is in the answers.
-    if entry.kind in ("kd", "divergence") and not d.kd_ratio and d.answers != "teacher":
+    if entry.kind == "divergence" and not d.kd_ratio and d.answers != "teacher":
         raise InputError(
             f"config.distill.kd_ratio=0 leaves the teacher out of {config.method}: raise it, or "
             "use --config.method=sft"
@@ -170,11 +171,16 @@ def check_learning(config: Any, entry: Entry) -> None:
             "cross-entropy of what it wrote itself only makes it surer of that; set it to 1, or "
             "config.distill.on_policy and replay to 0"
         )
-    reads = entry.kind in ("kd", "divergence") and d.kd_ratio
+    reads = entry.kind == "divergence" and d.kd_ratio
     if d.cache_teacher and (not reads or d.on_policy or d.replay):
         raise InputError(
             f"config.distill.cache_teacher=True: {config.method} does not meet the teacher on "
             "given answers alone, so nothing can be kept; set it to False"
+        )
+    if d.cache_top_k and not d.cache_teacher:
+        raise InputError(
+            f"config.distill.cache_top_k={d.cache_top_k} without config.distill.cache_teacher, "
+            "which it is of: set that to True, or this to 0"
         )
     copy = not (config.student.path or config.student.fine_tuned or config.student.keep_layers)
     if entry.kind == "divergence" and entry.start == "base" and copy:

@@ -1,6 +1,7 @@
 """Several methods from the same students, on the same data, for as many tokens, over seeds.
 
     workdir/compare.{json,md,png}               the table of what is done
+            curves.png                          validations by tokens read
             seedN/stages/teacher_answers/...    teacher_sft, student_sft: once, for all methods
                          METHOD/...             as the stage `distill` has it, and figures.json
 
@@ -21,7 +22,13 @@ from minillm_jax import hosts, pipeline, recipe
 from minillm_jax.build import Builder
 from minillm_jax.modelfiles import Model
 from minillm_jax.reporting import comparison as reporting
-from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json, write_text
+from minillm_jax.reporting.writers import (
+    MetricsWriter,
+    read_json,
+    read_rows,
+    write_json,
+    write_text,
+)
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import answered
 from minillm_jax.stages.held_out import held_out
@@ -99,7 +106,24 @@ def report(workdir: Path) -> reporting.Table:
     write_json(workdir / "compare.json", {"seeds": len(seeds), "models": table})
     write_text(workdir / "compare.md", text + "\n")
     reporting.draw(workdir / "compare.png", table)
+    reporting.draw_curves(workdir / "curves.png", _curves(workdir))
     return table
+
+
+def _curves(workdir: Path) -> dict[str, dict[str, list[reporting.Curve]]]:
+    """The validations of the methods that are done, by metric and method."""
+    found: dict[str, dict[str, list[reporting.Curve]]] = {name: {} for name in reporting.CURVES}
+    for place in sorted(workdir.glob("seed*")):
+        rows = read_rows(place / "metrics.jsonl")
+        for file in sorted(place.glob("stages/*/done.json")):
+            done, method = read_json(file), file.parent.name
+            if "all_tokens" not in done:  # of a stage that the methods share
+                continue
+            own = [row for row in rows if row.get("stage") == method]
+            before = done["all_tokens"] - done["tokens"]
+            for name, by in found.items():
+                by.setdefault(method, []).append(reporting.curve(own, name, before))
+    return found
 
 
 def _of(config: Any, method: str, seed: int) -> Any:

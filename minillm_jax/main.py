@@ -28,6 +28,9 @@ STAGES = flags.DEFINE_list(
 FORK = flags.DEFINE_string(
     "fork", None, "Begin with the last checkpoint of this work directory.", flag_values=FLAGS
 )
+REPLAY = flags.DEFINE_string(
+    "replay", None, "Say what is not finite in this batch of a skipped update.", flag_values=FLAGS
+)
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print config, stages and geometry, and end.", flag_values=FLAGS
 )
@@ -51,7 +54,11 @@ def main(argv: list[str]) -> None:
     if not (WORKDIR.value or config.name):
         raise InputError("config.name is empty: set it, or give --workdir")
     workdir = Path(WORKDIR.value or os.path.join("runs", config.name))
-    if DRY_RUN.value:
+    if REPLAY.value:
+        from minillm_jax import replay
+
+        replay.execute(config, workdir, Path(REPLAY.value))
+    elif DRY_RUN.value:
         described = pipeline.describe(config, workdir, STAGES.value)
         if hosts.is_main():
             print(json.dumps(described, indent=2))

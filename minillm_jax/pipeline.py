@@ -24,9 +24,10 @@ from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
 from minillm_jax.modelfiles import recover
 from minillm_jax.models import abstract_params
+from minillm_jax.reporting import watch
 from minillm_jax.reporting.progress import print_table
 from minillm_jax.reporting.report import write_report
-from minillm_jax.reporting.writers import MetricsWriter, read_json, write_json
+from minillm_jax.reporting.writers import MetricsWriter, read_json, read_rows, write_json
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.plan import Plan, Stage, plan
 from minillm_jax.trainer import TrainingStopped
@@ -50,6 +51,7 @@ def summarise(build: Builder, folder: Path, done: Mapping[str, Outcome] | None =
         "seed": build.seed,
         "environment": environment(),
         "stages": dict(done or {}),
+        "warnings": warnings(build, folder),
         "models": read_json(figures) if figures.exists() else {},
     }
     write_json(folder / "summary.json", summary)
@@ -57,6 +59,18 @@ def summarise(build: Builder, folder: Path, done: Mapping[str, Outcome] | None =
     if hosts.is_main():
         write_report(folder)
         print_table(summary)
+
+
+def warnings(build: Builder, workdir: Path) -> list[dict[str, Any]]:
+    """What was warned of so far, as stage, step and text: from the metrics and the checkpoints."""
+    stages = planned(build).stages
+    sections = {name: stage.section for name, stage in stages.items() if stage.section}
+    found = watch.of_run(read_rows(workdir / "metrics.jsonl"), sections)
+    for path in sorted(workdir.glob("stages/*/checkpoints/unreadable-*")):
+        text = f"{path.relative_to(workdir)}: this checkpoint was damaged, the one before was used"
+        step = int(path.name.partition("-")[2])
+        found.append({"stage": path.parts[-3], "step": step, "text": f"{text}; check the disk"})
+    return found
 
 
 def planned(build: Builder) -> Plan:

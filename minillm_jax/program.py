@@ -144,6 +144,8 @@ def _parse(known: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         # What ml_collections raises for a wrong key, a wrong type, or a file it cannot run.
         if wrong := spec and _wrong_override(spec, argv):
             raise InputError(wrong) from error
+        if spec and isinstance(error, KeyError):  # whose text is the key alone
+            raise InputError(f"{path} cannot be run: KeyError: {error}; correct it") from error
         raise InputError(_reason(error, known)) from error
     except ModuleNotFoundError as error:
         raise InputError(

@@ -51,7 +51,7 @@ class Outline:
     @property
     def by_teacher(self) -> bool:
         """Whether the teacher writes answers, for any stage."""
-        reads = self.entry.kind in ("kd", "divergence")
+        reads = self.entry.kind == "divergence"
         return self.answers == "teacher" or (reads and self.given == "teacher")
 
 
@@ -67,7 +67,7 @@ def outline(config: Any) -> Outline:
         given=config.distill.answers or config.answers.source,
         caches=config.distill.cache_teacher,
         needs_teacher=not (
-            registry.find(config.method).kind == "kd" and not config.distill.kd_ratio
+            registry.find(config.method).kind == "divergence" and not config.distill.kd_ratio
         ),
     )
 

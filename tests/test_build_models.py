@@ -119,7 +119,8 @@ def test_models_read_no_more_of_a_row_than_prompt_and_answer_have(tmp_path, monk
             json.loads(line) | {"output": "cat " * 20} for line in file.read_text().splitlines()
         ]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config.distill.kd_ratio = 0.5
+    config.distill.kd_ratio, config.distill.divergence = 0.5, "cross_entropy"
+    config.distill.on_policy, config.distill.replay = 0.0, 0
     builder = Builder(config)
     builder.preflight(())  # 12 + 120 are more than the models have positions
     batch = builder.data.batches(builder.data.gold("train"), 8)[0]
@@ -133,7 +134,7 @@ def test_models_read_no_more_of_a_row_than_prompt_and_answer_have(tmp_path, monk
     monkeypatch.setattr(score, "hidden_states", recorded)
     state = builder.abstract_state(builder.student_checkpoint.config, "sft")
     jax.eval_shape(assemble.supervised(builder).update, state, None, batch)
-    jax.eval_shape(assemble.word_level(builder).update, state, builder.teacher.params, batch)
+    jax.eval_shape(assemble.by_divergence(builder).update, state, builder.teacher.params, batch)
     with MetricsWriter(tmp_path) as metrics:
         run = Run(builder, tmp_path, metrics)
         answer_loss(run, builder.data.gold("validation"), builder.student())

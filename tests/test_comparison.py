@@ -67,6 +67,12 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     written = json.loads((workdir / "compare.json").read_text())
     assert written == {"seeds": 2, "models": table}
     assert (workdir / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    curves = comparison._curves(workdir)
+    assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert set(curves["valid_loss"]) == {"kd", "gkd"} and len(curves["valid_loss"]["gkd"]) == 2
+    for method, seeds in curves["valid_loss"].items():
+        ends = [curve[-1][0] for curve in seeds]
+        assert ends == table[method]["tokens"]["values"]
     text = (workdir / "compare.md").read_text()
     assert text.strip() in capsys.readouterr().err
 
@@ -111,3 +117,15 @@ def test_the_table_is_of_means_and_deviations(tmp_path):
     ]
     reporting.draw(tmp_path / "new" / "table.png", table)
     assert (tmp_path / "new" / "table.png").stat().st_size > 1000
+
+
+def test_curves_are_means_over_the_validations_that_all_seeds_have(tmp_path):
+    rows = [{"tokens": 5}, {"tokens": 7}, {"valid_loss": 2.0}, {"tokens": 4}, {"valid_loss": None}]
+    assert reporting.curve([*rows, {"valid_loss": 1.0}], "valid_loss", 100) == [(112, 2), (116, 1)]
+    seeds = [[(10, 2.0), (20, 1.0)], [(14, 4.0), (22, 1.0), (30, 0.5)]]
+    assert reporting._over_seeds(seeds) == ([12, 21], [3, 1], [pytest.approx(2**0.5), 0])
+    file = tmp_path / "curves.png"
+    reporting.draw_curves(file, {"valid_reverse_kl": {"kd": [[]]}, "valid_loss": {}})
+    assert not file.exists()
+    reporting.draw_curves(file, {"valid_reverse_kl": {"kd": seeds, "gkd": [[]]}})
+    assert file.stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""A method on kept hidden states learns what it learns with the teacher beside it."""
+"""A method on kept targets learns what it learns with the teacher beside it."""
 
 import json
 
@@ -51,3 +51,17 @@ def test_kept_targets_teach_the_same(tmp_path, monkeypatch):
     pipeline.execute(config, workdir, ["distill"])
     assert set(read) == {1}  # the student's one layer, never the teacher's two
     np.testing.assert_allclose(losses(workdir), losses(tmp_path / "beside"), rtol=2e-5)
+
+    # All ids of the vocabulary are the same teacher; fewer are another one.
+    config.distill.cache_top_k, workdir = 1000, tmp_path / "cut"
+    pipeline.execute(config, workdir, ["teacher_answers", "teacher_targets"])
+    read.clear()
+    pipeline.execute(config, workdir, ["distill"])
+    assert set(read) == {1}
+    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "beside"), rtol=2e-5)
+    config.distill.cache_top_k, workdir = 3, tmp_path / "cut to 3"
+    pipeline.execute(config, workdir, ["teacher_answers", "teacher_targets"])
+    kept = np.load(workdir / "stages" / "teacher_targets" / "states" / "00000.npy")
+    assert kept["ids"].shape[1:] == (3,) and kept["log_p"].shape[1:] == (4,)
+    np.testing.assert_allclose(np.exp(kept["log_p"]).sum(axis=1), 1, rtol=1e-5)
+    assert (kept["log_p"][:, :2] >= kept["log_p"][:, 1:3]).all()

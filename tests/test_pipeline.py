@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minillm_jax import assemble, dataset, pipeline, stopping
+from minillm_jax import assemble, dataset, pipeline, replay, stopping
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.data import splits
 from minillm_jax.models import hf
+from minillm_jax.named import by_name
 from minillm_jax.stages import answers, evaluation, training
 from minillm_jax.stages.skipped import read_batch
 from minillm_jax.types import InputError
@@ -28,6 +29,8 @@ from tests.toy_run import (
     write_teacher,
 )
 
+SECRETS = ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -36,6 +39,8 @@ def finished(tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "compiled"
     with compilation_cache(cache), pytest.MonkeyPatch.context() as patch:
         one_device(patch)
+        for name in SECRETS:
+            patch.setenv(name, f"secret of {name}")
         pipeline.execute(toy_config(folder), folder / "run")
         yield folder
 
@@ -48,7 +53,7 @@ def copy(finished, tmp_path, monkeypatch):
     return toy_config(finished), tmp_path / "run"
 
 
-def files(workdir, *but):
+def files_of(workdir, *but):
     """Time of the last change of every file, without those named."""
     found = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     return {p: t for p, t in found.items() if not any(part in but for part in p.parts)}
@@ -94,6 +99,8 @@ def test_a_run_leaves_its_summary_report_metrics_and_answers(finished):
     assert len(answers) == 2 and set(json.loads(answers[0])["answers"]) == set(summary["models"])
     assert "<svg" in (workdir / "report.html").read_text()
     assert not list(workdir.rglob("*.part")) + list(workdir.rglob("*.tmp"))
+    for file in [path for path in workdir.rglob("*") if path.is_file()]:
+        assert b"secret of " not in file.read_bytes(), file
 
 
 def test_a_run_is_evaluated_again_with_its_own_settings(finished, tmp_path, monkeypatch, capsys):
@@ -127,10 +134,10 @@ def test_a_second_start_reports_again_and_does_nothing_else(copy, capsys, monkey
     config, workdir = copy
     monkeypatch.setattr("minillm_jax.build.open_model", None)  # no weights are read
     skip = ("report", "summary.json", "report.html", "metrics.jsonl", "timing.jsonl")
-    before = files(workdir, *skip)
+    before = files_of(workdir, *skip)
     (workdir / "report.html").unlink()
     pipeline.execute(config, workdir)
-    assert files(workdir, *skip) == before
+    assert files_of(workdir, *skip) == before
     assert (workdir / "report.html").is_file()
     assert capsys.readouterr().err.count(": done, in ") == 4
 
@@ -163,10 +170,10 @@ def test_stages_are_done_again_from_scratch_when_their_input_is_another(copy, mo
     monkeypatch.setattr(Checkpoints, "restore", watched)
     states = {s["stage"]: s["state"] for s in pipeline.describe(config, workdir)["stages"]}
     assert set(states.values()) == {"to do"}
-    before = files(workdir / "stages")
+    before = files_of(workdir / "stages")
     pipeline.execute(config, workdir)
     assert found == [None, None]  # the checkpoints were of other answers
-    after = files(workdir / "stages")
+    after = files_of(workdir / "stages")
     done = {p: t for p, t in after.items() if p.name == "done.json"}
     assert len(done) == 5 and all(before.get(p) != t for p, t in done.items())
 
@@ -307,11 +314,11 @@ def test_another_config_is_refused_with_what_differs_but_tensorboard_is_free(cop
     with config.unlocked():
         other = config.copy_and_resolve_references()
     other.distill.alpha, other.seed = 0.5, 3
-    before = files(workdir)
+    before = files_of(workdir)
     for call in (pipeline.execute, pipeline.describe):
         with pytest.raises(InputError, match=r"distill.alpha: 0.2 there, 0.5 now; seed: 0 there"):
             call(other, workdir)
-    assert files(workdir) == before
+    assert files_of(workdir) == before
     config.tensorboard = True
     undo(workdir, "teacher_answers", "student_sft")
     pipeline.execute(config, workdir, ["teacher_answers", "student_sft"])
@@ -342,10 +349,10 @@ def test_no_space_is_said_before_training_begins(copy, monkeypatch):
     undo(workdir, "distill")
     free = namedtuple("usage", "total used free")(10**6, 10**6 - 1000, 1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
-    before = files(workdir, "metrics.jsonl")
+    before = files_of(workdir, "metrics.jsonl")
     with pytest.raises(InputError, match=r"no space for distill in .*: it takes about 0 MB"):
         pipeline.execute(config, workdir, ["distill"])
-    assert files(workdir, "metrics.jsonl") == before
+    assert files_of(workdir, "metrics.jsonl") == before
 
 
 def test_needed_space_is_that_of_two_models_and_the_checkpoints_in_flight(copy, monkeypatch):
@@ -430,12 +437,12 @@ def test_a_fork_goes_on_from_the_last_checkpoint_with_other_settings(copy, tmp_p
     other.distill.learning_rate, other.name = 5e-4, "other"
     with pytest.raises(InputError, match=f"--fork={source} to go on from there"):
         pipeline.execute(other, source)
-    before = files(source)
+    before = files_of(source)
     pipeline.execute(other, new, ["distill"], source)
     said = capsys.readouterr().err
     assert f"forked {source} at update 2 of distill: " in said
     assert "distill.learning_rate 0.001 -> 0.0005, " in said
-    assert files(source) == before
+    assert files_of(source) == before
     made = json.loads((new / "fork.json").read_text())
     assert (made["stage"], made["step"]) == ("distill", 2)
     assert made["changed"]["name"] == {"was": "toy", "now": "other"}
@@ -449,10 +456,10 @@ def test_a_fork_goes_on_from_the_last_checkpoint_with_other_settings(copy, tmp_p
         pipeline.execute(other, new, ["distill"], tmp_path / "another")
 
 
-def test_a_batch_that_is_not_finite_is_kept_and_gives_it_again(copy, tmp_path, monkeypatch, capsys):
+def test_a_batch_that_is_not_finite_is_kept_and_replayed(copy, tmp_path, monkeypatch, capsys):
     config, _ = copy
     workdir = tmp_path / "fresh"
-    config.distill.steps = 1
+    config.distill.steps, config.distill.save_every = 3, 1
     method, kept = assemble.policy_gradient, []
 
     def poisoned(build):
@@ -461,25 +468,52 @@ def test_a_batch_that_is_not_finite_is_kept_and_gives_it_again(copy, tmp_path, m
         def collect(*args):
             assert found.collect
             rollout = found.collect(*args)
-            return rollout.replace(teacher_hidden=rollout.teacher_hidden.at[0, 0].set(np.nan))
+            return rollout.replace(log_mix=rollout.log_mix.at[5, 0].set(np.nan))
 
         def update(state, frozen, batch):
-            kept.append((frozen, batch, jax.tree.map(np.asarray, state)))
+            kept.append(batch)
             return found.update(state, frozen, batch)
 
         return found.__class__(update, collect)
 
-    monkeypatch.setattr(assemble, "policy_gradient", poisoned)
-    pipeline.execute(config, workdir, ["teacher_answers", "student_sft", "distill"])
-    assert "distill: update 1 is skipped, its loss or gradient is not" in capsys.readouterr().err
-    assert (pipeline.read_done(workdir, "distill") or {})["skipped"] == 1
-    (file,) = (workdir / "stages" / "distill" / "skipped").iterdir()
-    frozen, batch, state = kept[0]
-    again = read_batch(file, batch)
-    jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, batch))
-    build = pipeline.Builder(config, workdir)
-    _, metrics = method(build).update(jax.device_put(state), frozen, again)
-    assert file.name == "1.npz" and metrics["skipped"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "policy_gradient", poisoned)
+        pipeline.execute(config, workdir, ["teacher_answers", "student_sft", "distill"])
+    (workdir / "stages" / "distill" / "checkpoints" / "unreadable-7").mkdir()
+    pipeline.execute(config, workdir, ["report"])
+    told = json.loads((workdir / "summary.json").read_text())["warnings"]
+    assert [(one["stage"], one["step"]) for one in told] == [("distill", 1), ("distill", 7)]
+    assert told[0]["text"].startswith("updates 1 to 3: they were skipped")
+    assert "distill/checkpoints/unreadable-7: this checkpoint was damaged" in told[1]["text"]
+    assert told[0]["text"] in (workdir / "report.html").read_text()
+    files = [workdir / "stages" / "distill" / "skipped" / f"{step}.npz" for step in (1, 2, 3)]
+    said = capsys.readouterr().err
+    assert "distill: update 2 is skipped, its loss or gradient is not" in said
+    assert f"--replay={files[1]} says" in said
+    assert (pipeline.read_done(workdir, "distill") or {})["skipped"] == 3
+    for file, batch in zip(files, kept, strict=True):
+        as_kept = jax.tree.map(np.asarray, batch)
+        jax.tree.map(np.testing.assert_array_equal, read_batch(file), as_kept)
+    before = files_of(workdir)
+    replay.execute(config, workdir, files[1])
+    said = capsys.readouterr().out
+    (row,) = np.isnan(np.asarray(kept[1].log_mix[:, 0])).nonzero()[0]
+    assert "update 2 of distill again, with the parameters after update 1" in said
+    assert f"batch: 1 of 4 not finite\n  log_mix: 1 of 64, the first at [{row}, 0]" in said
+    # The models' numbers are sound; what is made of log p~ is not, nor what follows from it.
+    tokens = said[said.index("tokens:") : said.index("loss:")]
+    assert "  w: 1 of 64" in tokens and "reward" not in tokens and "log_q" not in tokens
+    assert "  policy_loss: not finite" in said and "  single_step_loss" in said
+    assert "  embed.tokens: " in said and said.endswith("wrote them\n")
+    assert files_of(workdir) == before
+    # The same with a sound batch: what comes back are gradients, and no update is made.
+    sound = read_batch(files[1])
+    np.savez(files[1], **by_name(sound.replace(log_mix=np.nan_to_num(sound.log_mix))))
+    replay.execute(config, workdir, files[1])
+    said = capsys.readouterr().out
+    assert said.count(": 0 of ") == 4 and "all is finite" in said
+    with pytest.raises(InputError, match="no batch .*choose from .*1.npz, .*3.npz"):
+        replay.execute(config, workdir, files[1].with_name("9.npz"))
 
 
 def test_out_of_memory_says_what_the_plan_needs_and_what_to_set(copy, monkeypatch):
@@ -505,7 +539,7 @@ def test_out_of_memory_says_what_the_plan_needs_and_what_to_set(copy, monkeypatc
 def test_a_dry_run_describes_and_touches_nothing(copy, tmp_path, monkeypatch):
     config, workdir = copy
     monkeypatch.setattr("minillm_jax.build.open_model", None)  # no weights are read
-    before = files(workdir)
+    before = files_of(workdir)
     found = json.loads(json.dumps(pipeline.describe(config, workdir)))
     assert {s["state"] for s in found["stages"]} == {"done"}
     new = pipeline.describe(config, tmp_path / "new", ["evaluate", "distill"])
@@ -520,4 +554,4 @@ def test_a_dry_run_describes_and_touches_nothing(copy, tmp_path, monkeypatch):
         "updates_per_collection": 3, "collections": 2, "updates": 4,
     }  # fmt: skip
     assert found["devices"]["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
-    assert files(workdir) == before and not (tmp_path / "new").exists()
+    assert files_of(workdir) == before and not (tmp_path / "new").exists()

@@ -97,6 +97,11 @@ def test_a_sampler_draws_what_its_warp_allows(logits, history, length, uniform, 
         assert allowed[np.arange(B), raw.argmax(1)].all()  # the best id is never excluded
     if warp.top_k:  # ties may let in more
         assert (raw >= np.sort(raw)[:, [-warp.top_k]])[allowed].all()
+    if warp.top_p < 1:  # no fewer ids have that mass; ties may let in more
+        p = np.asarray(jax.nn.softmax(raw / warp.temperature), np.float64)
+        worst = np.where(allowed, p, np.inf).min(axis=1, keepdims=True)
+        assert (np.where(p > worst, p, 0).sum(axis=1) < warp.top_p + 1e-5).all()
+        assert (np.where(allowed, p, 0).sum(axis=1) > warp.top_p - 1e-5).all()
     if warp.no_repeat_ngram and length:
         grams = [set(zip(row[: length - 1], row[1:length], strict=True)) for row in past.tolist()]
         for b, token in enumerate(found):

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from minillm_jax.models import DecoderConfig, init_params
+from minillm_jax.models import DecoderConfig, head, init_params, logits
+from minillm_jax.rollout import response_states
 
 
 def toy(seed: int, *, vocab: int = 7, layers: int = 2, width: int = 16, sharpness: float = 1.0):
@@ -33,3 +34,9 @@ def prompts(rows: int, width: int, vocab: int, seed: int = 0):
     lengths = jax.random.randint(key, (rows, 1), 1, width + 1)
     mask = jnp.arange(width)[None] >= width - lengths
     return jnp.where(mask, jax.random.randint(other, (rows, width), 1, vocab), 0), mask
+
+
+def full_logits(model, batch, vocab: int):
+    """The logits [B, N, V] of the responses of a batch over the first `vocab` ids."""
+    config, params = model
+    return logits(head(config, params), response_states(config, params, batch))[..., :vocab]

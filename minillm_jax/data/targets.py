@@ -1,6 +1,7 @@
-"""Hidden states of a teacher over given answers, kept on disk: its trunk then runs once per row.
+"""What a teacher says of given answers, kept on disk: its trunk then runs once per row.
 
-    folder/00000.npy    the states of some rows' answer tokens, one after the other [tokens, D]
+    folder/00000.npy    something of every answer token of some rows, one after the other:
+                        [tokens, D] hidden states, or [tokens] records of a cut distribution
           /00000.json   of which rows of which teacher they are, and the sha256 of the file
 
 A shard counts when its JSON is there, which is written last, so what was broken off is made again.
@@ -43,7 +44,7 @@ class Targets:
         return [index for index in range(len(self.shards())) if self._complaint(index)]
 
     def write(self, index: int, states: Sequence[np.ndarray]) -> None:
-        """Write a shard: the states [tokens, D] of each of its rows."""
+        """Write a shard: what is kept of each of its rows, [tokens, ...]."""
         data = np.concatenate(states)
         if data.dtype == ml_dtypes.bfloat16:
             data = data.view(np.uint16)
@@ -60,7 +61,7 @@ class Targets:
         os.replace(about.with_suffix(".tmp"), about)
 
     def read(self) -> dict[int, np.ndarray]:
-        """The states [tokens, D] by the number of the row, mapped from the files.
+        """What is kept, [tokens, ...], by the number of the row, mapped from the files.
 
         Raises:
             InputError: a shard is missing or damaged.
@@ -98,22 +99,20 @@ class Targets:
 
 @dataclass(frozen=True)
 class Given:
-    """Batches with the kept states beside them: `wrap(sequences, teacher_hidden)` makes one."""
+    """Batches with what was kept beside them: `wrap(sequences, kept)` makes one."""
 
     batches: Any  # of `loader`
-    states: dict[int, np.ndarray]
-    dtype: str
+    kept: dict[int, np.ndarray]
     wrap: Any
 
     def __getitem__(self, i: int) -> Any:
-        """Batch i with `teacher_hidden` [B, N, D], 0 in padding."""
+        """Batch i with what is kept of its tokens [B, N, ...], 0 in padding."""
         batch, rows = self.batches[i], self.batches.examples(i)
-        width = next(iter(self.states.values())).shape[1]
-        hidden = np.zeros((*batch.response.shape, width), self.dtype)
-        for place, example in enumerate(rows):
-            known = self.states[example.row].view(self.dtype)
-            hidden[place, : len(known)] = known
-        return self.wrap(batch, hidden)
+        kept = [self.kept[example.row] for example in rows]
+        padded = np.zeros((*batch.response.shape, *kept[0].shape[1:]), kept[0].dtype)
+        for place, known in enumerate(kept):
+            padded[place, : len(known)] = known
+        return self.wrap(batch, padded)
 
 
 def _sha256(path: Path) -> str:

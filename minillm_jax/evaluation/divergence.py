@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from minillm_jax.evaluation import overlap
 from minillm_jax.models import DecoderConfig, head
 from minillm_jax.objectives import reduce, vocab
 from minillm_jax.rollout import response_states
@@ -16,7 +17,7 @@ KEYS = ("reverse_kl", "forward_kl", "log_q", "log_p", "entropy")
 TOKEN_KEYS = ("log_ratio", "forward_kl_at")
 
 
-@partial(jax.jit, static_argnames=("student", "teacher", "size", "dtype"))
+@partial(jax.jit, static_argnames=("student", "teacher", "size", "dtype", "k"))
 def sums(
     student: DecoderConfig,
     teacher: DecoderConfig,
@@ -25,22 +26,25 @@ def sums(
     batch: Sequences,
     size: int,
     dtype: str = "float32",
+    k: int = 0,
 ) -> dict[str, jax.Array]:
     """Sums over the tokens of each response, [B] each, and their number as `tokens`.
 
     `reverse_kl` is KL[q || p], `forward_kl` KL[p || q], exact over the first `size` ids at every
     position of the response, both models reading the same prefix; the student in `dtype`, the
     teacher in that of its parameters. Per token, [B, N]: `log_ratio`, log(p / q) of the token, and
-    `forward_kl_at`, both 0 in padding.
+    `forward_kl_at`, both 0 in padding. With `k`, the sums of `overlap` with the teacher's k
+    likeliest ids and of the `mass` on them, too.
     """
     q_head, p_head = head(student, params), head(teacher, teacher_params)
+    own = teacher_params["embed"]["tokens"].dtype
+    q_states = response_states(student, params, batch, dtype=dtype)
+    p_states = response_states(teacher, teacher_params, batch, dtype=own)
     score = vocab.scores(
-        response_states(student, params, batch, dtype=dtype),
+        q_states,
         q_head.weight,
         q_head.bias,
-        response_states(
-            teacher, teacher_params, batch, dtype=teacher_params["embed"]["tokens"].dtype
-        ),
+        p_states,
         p_head.weight,
         p_head.bias,
         batch.response,
@@ -48,7 +52,10 @@ def sums(
         vocab_size=size,
     )
     mask = batch.response_mask
-    rows = {name: reduce.keep(score[name], mask).sum(axis=1) for name in KEYS}
+    summed = {name: score[name] for name in KEYS}
+    if k:
+        summed |= overlap.by_token((q_head, p_head), (q_states, p_states), size, k)
+    rows = {name: reduce.keep(value, mask).sum(axis=1) for name, value in summed.items()}
     tokens = {"log_ratio": score["log_p"] - score["log_q"], "forward_kl_at": score["forward_kl"]}
     return rows | tokens | {"tokens": mask.sum(axis=1)}
 

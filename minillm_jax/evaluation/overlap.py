@@ -5,40 +5,24 @@ gives the teacher's choices, sum_{v in T_k(p)} q_v. The first is what on-policy 
 overlap (verl #6469); the second is 1 where a student trained on the top k loses nothing.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
-from minillm_jax.models import DecoderConfig, head, logits
-from minillm_jax.rollout import response_states
-from minillm_jax.types import Params, Sequences
+from minillm_jax.models import Head, logits
 
 KEYS = ("overlap", "mass")
 
 
-@partial(jax.jit, static_argnames=("student", "teacher", "size", "k", "dtype"))
-def sums(
-    student: DecoderConfig,
-    teacher: DecoderConfig,
-    params: Params,
-    teacher_params: Params,
-    batch: Sequences,
+def by_token(
+    heads: tuple[Head, Head],
+    states: tuple[jax.Array, jax.Array],  # [B, N, D] each
     size: int,
     k: int,
-    dtype: str = "float32",
 ) -> dict[str, jax.Array]:
-    """Sums over the tokens of each response, [B] each, and their number as `tokens`.
+    """ "overlap" and "mass" at every token [B, N], student before teacher, over `size` ids.
 
-    Over the first `size` ids, both models reading the same prefix. The logits of one position exist
-    at a time, [B, V].
+    The logits of one position exist at a time, [B, V].
     """
-    heads = head(student, params), head(teacher, teacher_params)
-    own = teacher_params["embed"]["tokens"].dtype
-    states = (
-        response_states(student, params, batch, dtype=dtype),
-        response_states(teacher, teacher_params, batch, dtype=own),
-    )
 
     def at(position):
         z_q, z_p = (
@@ -51,6 +35,4 @@ def sums(
         return {"overlap": shared, "mass": mass}
 
     found = jax.lax.map(at, tuple(jnp.moveaxis(x, 1, 0) for x in states))  # [N, B] each
-    mask = batch.response_mask
-    rows = {name: jnp.where(mask, found[name].T, 0).sum(axis=1) for name in KEYS}
-    return rows | {"tokens": mask.sum(axis=1)}
+    return {name: value.T for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""The cross-entropy that SFT, KD and MiniLLM's corpus loss share, from hidden states in blocks.
+"""The cross-entropy that SFT and MiniLLM's corpus loss share, from hidden states in blocks.
 
     (1 - k) (-log q(y_t | y_<t)) + k (-sum_v p(v | y_<t) log q(v | y_<t))
 

@@ -3,17 +3,18 @@
     L = (1 - k) (-log q(y_t)) + k D(p(. | y_<t), q(. | y_<t))
 
 a mean over the tokens of the answers, k = `kd_ratio`; D is one of `objectives.divergences`. Who
-wrote the answers is `OnPolicy`'s matter. So this one file is GKD, generalised JSD, on-policy
-distillation, skew KL, DistiLLM, total variation, AKL and, with a `taid.Schedule`, TAID: which is
-which says `registry`.
+wrote the answers is `OnPolicy`'s matter. So this one file is word-level KD (Hinton et al. 2015;
+Sanh et al. 2019; D the cross-entropy, k = 0.5 in the reference), the reference's SeqKD (the same on
+answers of the teacher), GKD, generalised JSD, on-policy distillation, skew KL, DistiLLM, total
+variation, AKL and, with a `taid.Schedule`, TAID: which is which says `registry`.
 
 1. `OnPolicy.source` gives the batch: the given one, or the student's own.
-2. The teacher reads it; per micro-batch the student does, and `vocab.loss_sum` meets both.
+2. The teacher reads it, or its hidden states or cut distribution come with it, read before; per
+   micro-batch the student reads it, and `vocab.loss_sum` meets both.
 3. TAID's t, and DistiLLM's buffer, are remembered in `TrainState.memory`.
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,8 +25,9 @@ from minillm_jax.methods import Method, compiled, cross_entropy
 from minillm_jax.methods.accumulate import dropout_keys, gradients
 from minillm_jax.methods.on_policy import Buffer, OnPolicy
 from minillm_jax.models import DecoderConfig, head
-from minillm_jax.objectives import divergences, reduce, vocab
+from minillm_jax.objectives import divergences, reduce, top_k, vocab
 from minillm_jax.objectives.taid import Schedule
+from minillm_jax.objectives.top_k import Cut
 from minillm_jax.rollout import response_states, teacher_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Params, Sequences
@@ -61,7 +63,12 @@ def method(
         taid: the schedule of the parameter, which then is t.
         memory: from `remembered`; the updates begin with it.
         seed: of the student's writing; the key of an update is fold_in(key(seed), step).
-        dtype, teacher_dtype, shardings, remat, dropout_seed, max_tokens: as for `kd`.
+        dtype, teacher_dtype: of the arithmetic of the two models.
+        shardings: of the state, for `compiled`.
+        remat: what the student's backward pass computes again: `hidden_states`.
+        dropout_seed: train with the student's dropout, its keys from this seed; None: without.
+            The teacher has none.
+        max_tokens: of a prompt and its response together, where that is less than their slots.
 
     Raises:
         InputError: no such divergence, a parameter or share that is none.
@@ -73,31 +80,51 @@ def method(
     def between(z_q: jax.Array, z_p: jax.Array, t: jax.Array) -> jax.Array:
         return found.function(z_q, z_p, t if taid else fixed)
 
+    def between_cut(z_q: jax.Array, _: None, extras: Any) -> jax.Array:
+        t, ids, log_p = extras
+        return between(top_k.cut(z_q, ids), log_p, t)
+
+    def apart(scores: vocab.Scores) -> jax.Array:
+        if found.scored and "divergence" not in scores:
+            return found.scored(scores)
+        return scores["divergence"]
+
+    def per_token(scores: vocab.Scores, extras: Any, mask: Any) -> jax.Array:
+        if kd_ratio == 1:
+            return apart(scores)
+        return kd_ratio * apart(scores) - (1 - kd_ratio) * scores["log_q"]
+
     def loss_sums(params: Params, frozen: Params, batch: Any) -> dict[str, reduce.Pair]:
         rows, keys, t = batch
         labels, mask = rows.response, rows.response_mask
         key = None if keys is None else keys[0]
         options = {"dtype": dtype, "remat": remat, "dropout_key": key, "max_tokens": max_tokens}
         hidden = response_states(student, params, rows, **options)
-        own = {"dtype": teacher_dtype, "max_tokens": max_tokens}
-        states = teacher_states(teacher, frozen, rows, **own)
-        q, p = head(student, params, hidden.dtype), head(teacher, frozen, states.dtype)
+        q, p, states = head(student, params, hidden.dtype), None, None
+        extras, how = t, None if found.scored else between
+        if isinstance(rows, Cut):
+            extras, how = (t, rows.ids, rows.log_p), between_cut
+        else:
+            own = {"dtype": teacher_dtype, "max_tokens": max_tokens}
+            states = teacher_states(teacher, frozen, rows, **own)
+            p = head(teacher, frozen, states.dtype)
         with jax.named_scope("vocabulary"):
             summed, scores = vocab.loss_sum(
-                partial(_per_token, kd_ratio),
+                per_token,
                 hidden,
                 q.weight,
                 q.bias,
                 states,
-                p.weight,
-                p.bias,
+                p.weight if p else None,
+                p.bias if p else None,
                 labels,
                 mask,
-                t,
-                divergence=between,
+                extras,
+                divergence=how,
                 vocab_size=on_policy.vocab,
             )
-        pairs = {name: reduce.total(scores[name], mask) for name in LOGGED}
+        scores["divergence"] = apart(scores)
+        pairs = {name: reduce.total(scores[name], mask) for name in LOGGED if name in scores}
         pairs["nll"] = reduce.total(-scores["log_q"], mask)
         return pairs | {"loss": reduce.Pair(summed, pairs["nll"].count)}
 
@@ -145,12 +172,6 @@ def remembered(
     if taid:
         memory["taid"] = taid.begin()
     return memory or ()
-
-
-def _per_token(kd_ratio: float, scores: vocab.Scores, extras: Any, mask: Any) -> jax.Array:
-    if kd_ratio == 1:
-        return scores["divergence"]
-    return kd_ratio * scores["divergence"] - (1 - kd_ratio) * scores["log_q"]
 
 
 def _about(rows: Sequences, who: jax.Array, buffer: Buffer | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Entry:
     """
 
     source: str
-    kind: Literal["sft", "kd", "divergence", "minillm"]
+    kind: Literal["sft", "divergence", "minillm"]
     start: Literal["base", "sft"] = "base"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -46,12 +46,8 @@ def _without(what: str, **fixed: Any) -> Entry:
 METHODS: dict[str, Entry] = {
     "minillm": Entry("Gu et al., arXiv 2306.08543", "minillm", "sft"),
     "sft": Entry("cross-entropy on the answers", "sft"),
-    "kd": Entry("Hinton et al., arXiv 1503.02531", "kd", defaults={"distill.kd_ratio": 0.5}),
-    "seqkd": Entry(
-        "Kim & Rush, arXiv 1606.07947",
-        "kd",
-        defaults={"distill.kd_ratio": 0.0, "distill.answers": "teacher"},
-    ),
+    "kd": by("cross_entropy", "Hinton et al., arXiv 1503.02531", kd_ratio=0.5),
+    "seqkd": by("cross_entropy", "Kim & Rush, arXiv 1606.07947", kd_ratio=0.0, answers="teacher"),
     "gkd": by("jsd", "Agarwal et al., arXiv 2306.13649", "sft", on_policy=0.5),
     "jsd": by("jsd", "Agarwal et al., arXiv 2306.13649, lambda 0"),
     "opd": by(

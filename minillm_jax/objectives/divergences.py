@@ -1,8 +1,9 @@
 """The divergences by name, each with its parameter: what `config.distill.divergence` chooses from.
 
 Every function is `(student's logits [..., V], teacher's [..., V], parameter) -> [...]`, as in
-`token`; the gradient to the student is jax's own, formed block by block (`vocab.loss_sum`). One
-more is a function and an entry here: docs/add_a_method.md.
+`token`; the gradient to the student is jax's own, formed block by block (`vocab.loss_sum`), or that
+of `vocab`'s scores for what those have already. One more is a function and an entry here:
+docs/add_a_method.md.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 
 from minillm_jax.objectives import taid, token
+from minillm_jax.objectives.vocab import Scores
 from minillm_jax.types import InputError
 
 
@@ -19,13 +21,16 @@ from minillm_jax.types import InputError
 class Divergence:
     """A divergence: its function, and the name, default and bounds of its parameter, if any.
 
-    `scheduled`: the parameter moves while training goes on, by a `taid.Schedule`.
+    `scored`: the same from the scores of `vocab`, which have a gradient in closed form: a pass less
+    over the vocabulary. `scheduled`: the parameter moves while training goes on, by a
+    `taid.Schedule`.
     """
 
     function: Callable[[jax.Array, jax.Array, Any], jax.Array]
     parameter: str = ""
     default: float = 0.0
     bounds: tuple[float, float] = (0.0, 1.0)
+    scored: Callable[[Scores], jax.Array] | None = None
     scheduled: bool = False
 
     def checked(self, name: str, value: float | None) -> float:
@@ -47,8 +52,17 @@ class Divergence:
 
 
 DIVERGENCES = {
-    "forward_kl": Divergence(lambda q, p, _: token.forward_kl(q, p)),
-    "reverse_kl": Divergence(lambda q, p, _: token.reverse_kl(q, p)),
+    "forward_kl": Divergence(
+        lambda q, p, _: token.forward_kl(q, p), scored=lambda scores: scores["forward_kl"]
+    ),
+    # -sum p log q, which is KL[p || q] and the entropy of p: the same gradient.
+    "cross_entropy": Divergence(
+        lambda q, p, _: token.soft_cross_entropy(q, p),
+        scored=lambda scores: scores["forward_kl"] + scores["teacher_entropy"],
+    ),
+    "reverse_kl": Divergence(
+        lambda q, p, _: token.reverse_kl(q, p), scored=lambda scores: scores["reverse_kl"]
+    ),
     "jsd": Divergence(token.jsd, "beta", 0.5),
     # At 1 the skew leaves the student out of one side, or the teacher out of both.
     "skew_forward_kl": Divergence(token.skew_forward_kl, "skew", 0.1, (0.0, 0.99)),

@@ -1,4 +1,4 @@
-"""Several methods over several seeds: the table of means and deviations, and its picture."""
+"""Several methods over several seeds: the table of means and deviations, and pictures of them."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from minillm_jax import hosts
+from minillm_jax.reporting.formats import is_number
+from minillm_jax.reporting.plots import colour_of
 from minillm_jax.reporting.results import COLUMNS, label
 
 # Model -> figure -> {"mean", "std", "values"}, the values by seed; an absent figure is left out.
@@ -15,6 +17,9 @@ SHOWN = (
     "tokens", "reverse_kl", "nll", "rouge_l", "length", "finished", "distinct_4",
     "greedy_repetition", "greedy_loops",
 )  # fmt: skip
+# Tokens read so far and the figure, at each validation of a method in one seed.
+Curve = list[tuple[float, float]]
+CURVES = {"valid_reverse_kl": "Reverse KL", "valid_loss": "Loss of the given answers"}
 DRAWN = ("reverse_kl", "nll", "rouge_l", "greedy_loops")
 
 
@@ -65,7 +70,8 @@ def draw(path: Path, table: Table, columns: Sequence[str] = DRAWN) -> None:
         axes = figure.add_subplot(1, len(shown), place)
         rows = [(model, row[key]) for model, row in table.items() if key in row]
         means, stds = ([value[part] for _, value in rows] for part in ("mean", "std"))
-        axes.barh(range(len(rows)), means, xerr=stds, color="#0072b2", ecolor="#24292f", capsize=3)
+        colours = [colour_of(model) for model, _ in rows]
+        axes.barh(range(len(rows)), means, xerr=stds, color=colours, ecolor="#24292f", capsize=3)
         axes.set_yticks(range(len(rows)), [label(model) for model, _ in rows])
         axes.invert_yaxis()
         column = known[key]
@@ -74,3 +80,58 @@ def draw(path: Path, table: Table, columns: Sequence[str] = DRAWN) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def curve(rows: Iterable[Mapping[str, Any]], metric: str, before: float) -> Curve:
+    """The validations in the rows of a stage whose start had read `before` tokens."""
+    read, found = before, []
+    for row in rows:
+        read += row.get("tokens") or 0
+        if is_number(row.get(metric)):
+            found.append((read, row[metric]))
+    return found
+
+
+def draw_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> None:
+    """Write a PNG: for each of `CURVES` a line per method, one deviation over its seeds as a band.
+
+    The mean is over the n-th validations of all seeds, as far as the shortest goes. Without any
+    nothing is written.
+
+    Args:
+        curves: by metric and method, one for each seed.
+    """
+    found = {name: {m: c for m, c in by.items() if any(c)} for name, by in curves.items()}
+    shown = [name for name in CURVES if found.get(name)]
+    if not shown or not hosts.is_main():
+        return
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(5.6 * len(shown), 4.2), layout="tight")
+    for place, name in enumerate(shown, 1):
+        axes = figure.add_subplot(1, len(shown), place)
+        for method, seeds in found[name].items():
+            tokens, mean, deviation = _over_seeds([seed for seed in seeds if seed])
+            pairs = list(zip(mean, deviation, strict=True))
+            low, high = [m - d for m, d in pairs], [m + d for m, d in pairs]
+            colour = colour_of(method)
+            axes.fill_between(tokens, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(tokens, mean, color=colour, linewidth=1.8, marker="o", ms=3, label=method)
+        axes.set_title(f"{CURVES[name]} on the validation prompts, nats per token", fontsize=10)
+        axes.set_xlabel("tokens read")
+        axes.grid(axis="y", color="#d8dee4")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _over_seeds(seeds: Sequence[Curve]) -> tuple[list[float], list[float], list[float]]:
+    """Mean tokens, mean and deviation of the figure at every validation that all seeds have."""
+    tokens, mean, deviation = [], [], []
+    for points in zip(*seeds, strict=False):
+        tokens.append(statistics.fmean(read for read, _ in points))
+        values = spread(value for _, value in points)
+        mean.append(values["mean"])
+        deviation.append(values["std"])
+    return tokens, mean, deviation

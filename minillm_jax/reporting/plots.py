@@ -1,14 +1,17 @@
 """Charts as inline SVG: training curves and held-out results.
 
 Matplotlib draws, and is imported only then. Titles and legends are left to the page, so that they
-take its font and wrap on a phone. Colours are those of Okabe & Ito (2008), which
+take its font and wrap on a phone. Colours of a run are those of Okabe & Ito (2008), which
 colour-blind readers tell apart. They are written as CSS variables (`--minillm`, `--ink`, `--line`,
-`--card`) with the light value as fallback, so that a page can give them dark values.
+`--card`) with the light value as fallback, so that a page can give them dark values. Methods that
+only a comparison puts side by side have colours that can be read on either page.
 """
 
+import colorsys
 import html
 import io
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +31,24 @@ MODEL_COLOURS = {
     "minillm": "#d55e00",
 }
 _OTHER_COLOURS = {"other1": "#009e73", "other2": "#b58900"}
+_METHOD_COLOURS = {
+    "kd": "#009e73",
+    "seqkd": "#b58900",
+    "gkd": "#7b4fc9",
+    "jsd": "#b08fe8",
+    "opd": "#00a5c8",
+    "skew_kl": "#7cb342",
+    "skew_reverse_kl": "#2e7d32",
+    "distillm": "#c2185b",
+    "distillm_srkl": "#f0629a",
+    "tvd": "#795548",
+    "akl": "#3f51b5",
+    "taid": "#dcc000",
+    "minillm_no_single_step": "#ff9e4a",
+    "minillm_no_length_norm": "#983a00",
+    "minillm_no_mixing": "#e53935",
+    "minillm_no_corpus": "#c9a48c",
+}
 INK, LINE, CARD = "#24292f", "#d8dee4", "#fefefe"
 _VARIABLES = {
     **{colour: name for name, colour in (MODEL_COLOURS | _OTHER_COLOURS).items()},
@@ -82,8 +103,8 @@ class Bar:
 
 def css_colour(name: str) -> str:
     """The CSS value of a model's or series' colour."""
-    fallback = colour_of(name)
-    return f"var(--{_VARIABLES[fallback]}, {fallback})"
+    colour = colour_of(name)
+    return f"var(--{_VARIABLES[colour]}, {colour})" if colour in _VARIABLES else colour
 
 
 def training_charts(rows: Rows) -> list[Chart]:
@@ -134,8 +155,13 @@ def as_file(chart: Chart) -> str:
 
 
 def colour_of(name: str) -> str:
-    """The light colour of a model or series."""
-    return (MODEL_COLOURS | _OTHER_COLOURS).get(name, _OTHER_COLOURS["other2"])
+    """The light colour of a model or series: its own, also of one that is not known here."""
+    known = MODEL_COLOURS | _OTHER_COLOURS | _METHOD_COLOURS
+    if name in known:
+        return known[name]
+    hue = zlib.crc32(name.encode("utf-8", "backslashreplace")) / 2**32
+    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.47, 0.6))
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def drawable(text: str) -> str:

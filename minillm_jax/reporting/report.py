@@ -101,6 +101,7 @@ def render(
         about=_about(summary, config),
         findings=results.findings(summary),
         tiles=_tiles(summary),
+        warnings=_warnings(summary),
         result_charts=_result_charts(summary),
         columns=results.columns(summary),
         table=[
@@ -189,6 +190,13 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if tokens:
             tiles.append((formats.count(tokens), "tokens processed"))
     return tiles
+
+
+def _warnings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Stage and text of what was warned of while training."""
+    found = [one for one in summary.get("warnings") or [] if isinstance(one, Mapping)]
+    stages = [one.get("stage", "") for one in found]
+    return [(_STAGES.get(s, s), one.get("text", "")) for s, one in zip(stages, found, strict=True)]
 
 
 def _result_charts(summary: Mapping[str, Any]) -> list[plots.Chart]:

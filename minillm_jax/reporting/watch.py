@@ -6,7 +6,7 @@ remembers the metrics alone, so a run that goes on reads them again and warns as
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +95,33 @@ class Watch:
             return ""
         self._said[kind] = step
         return f"update {step}: {what}; {change.format(self._section)}"
+
+
+def of_run(rows: Iterable[Mapping[str, Any]], sections: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What was warned of in `metrics.jsonl`, skipped updates too, as stage, step and text.
+
+    Args:
+        sections: the section of the settings of each training stage; other stages are left out.
+    """
+    found: dict[str, list[dict[str, Any]]] = {stage: [] for stage in sections}
+    watches = {stage: Watch(section) for stage, section in sections.items()}
+    skipped: dict[str, tuple[int, dict[str, Any]]] = {}  # the last one, and the warning of it
+    for row in rows:
+        stage, step = row.get("stage", ""), row.get("step", 0)
+        if stage not in sections:
+            continue
+        place = {"stage": stage, "step": step}
+        found[stage] += [place | {"text": text} for text in watches[stage].add(step, row)]
+        if row.get("skipped"):
+            last, warning = skipped.get(stage, (None, place))
+            if last != step - 1:
+                warning = place
+                found[stage].append(warning)
+            skipped[stage] = step, warning
+            warning["text"] = _skipped(warning["step"], step)
+    return [warning for several in found.values() for warning in several]
+
+
+def _skipped(first: int, last: int) -> str:
+    which = f"update {first}: it was" if first == last else f"updates {first} to {last}: they were"
+    return f"{which} skipped, loss or gradient not finite; --replay says where that begins"

@@ -1,4 +1,4 @@
-"""What a model is asked beyond answers: exposure bias, overlap with the teacher, calibration."""
+"""What takes passes of its own beside a model's answers: exposure bias and calibration."""
 
 import functools
 from typing import Any
@@ -8,8 +8,7 @@ import numpy as np
 from minillm_jax import hosts
 from minillm_jax.data import loader
 from minillm_jax.dataset import Labelled
-from minillm_jax.evaluation import calibration, divergence, exposure, overlap
-from minillm_jax.evaluation.divergence import per_token, stack
+from minillm_jax.evaluation import calibration, divergence, exposure
 from minillm_jax.modelfiles import Model
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Run
@@ -50,25 +49,6 @@ class ExposureBias:
         own = self._forward_kl(model, self._answers(model))
         given = self._forward_kl(model, self._given)
         return exposure.curve(own, given, self._run.build.seed)
-
-
-def top_k(run: Run, model: Model, test: TestSet) -> dict[str, float]:
-    """Overlap with the teacher's likeliest tokens on the model's own samples, per token."""
-    build, parts = run.build, []
-    for batch, real in respond(run, model, test.examples, SAMPLED, build.seed):
-        found = overlap.sums(
-            model.config,
-            build.teacher.config,
-            model.params,
-            build.teacher.params,
-            place(batch, batch_sharding(build.mesh)),
-            build.vocab,
-            build.config.evaluate.overlap,
-            build.arithmetic(model),
-        )
-        parts.append({name: hosts.fetch(value)[:real] for name, value in found.items()})
-    rows = stack(parts)
-    return {f"top_k_{name}": per_token(rows, name)[0] for name in overlap.KEYS}
 
 
 def calibrated(run: Run, model: Model, data: Labelled) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import write_json, write_rows
 from minillm_jax.stages import Outcome, Run
-from minillm_jax.stages.comparisons import ExposureBias, calibrated, top_k
+from minillm_jax.stages.comparisons import ExposureBias, calibrated
 from minillm_jax.stages.held_out import HeldOut, held_out, main_set, parts
 
 Makers = Mapping[str, Callable[[], Model]]
@@ -64,12 +64,9 @@ def judge_models(
             model = make()
             found[name] = held_out(run, model, done, name=name, compare=compare, keep=keep)
             figures = found[name].figures
-            if compare and model is not build.teacher:
-                if c.overlap:
-                    figures |= top_k(run, model, main)
-                if c.exposure_samples:
-                    curves[name] = bias.curve(model)
-                    figures["exposure_bias"] = exposure.last(curves[name]) / 100
+            if compare and model is not build.teacher and c.exposure_samples:
+                curves[name] = bias.curve(model)
+                figures["exposure_bias"] = exposure.last(curves[name]) / 100
             for data, labelled in build.data.labelled().items():
                 judged = reliability.setdefault(data, {})[name] = calibrated(run, model, labelled)
                 figures |= {f"{key}_{data}": judged[key] for key in ("ece", "accuracy")}

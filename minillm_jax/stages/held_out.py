@@ -10,6 +10,7 @@ import numpy as np
 from minillm_jax.data.examples import Example
 from minillm_jax.data.sources import Row
 from minillm_jax.data.tokenizer import Tokenizer
+from minillm_jax.evaluation import overlap
 from minillm_jax.evaluation.divergence import per_token
 from minillm_jax.evaluation.exact import exact_match
 from minillm_jax.evaluation.lengths import by_length
@@ -128,6 +129,7 @@ def held_out(
     """
     build, main = run.build, main_set(run)
     compare = compare and model is not build.teacher
+    overlapping = build.config.evaluate.overlap
 
     def kept(test: TestSet, decoding: str, seed: int) -> Path | None:
         return keep / f"{name}-{test.name}-{decoding}-{seed}.jsonl" if keep else None
@@ -141,7 +143,7 @@ def held_out(
             file = kept(main, "plain", seed)
             sampled = list(respond(run, model, main.examples, SAMPLED, seed, file=file))
         one = scored(run, name, main, sampled, seed)
-        rows = measure(run, model, sampled) if compare else None
+        rows = measure(run, model, sampled, overlapping) if compare else None
         if not number:
             coloured = _coloured(build.tokenizer, sampled, rows)
         figures.append((distances(rows) if rows else {}) | one.figures)
@@ -225,13 +227,15 @@ def scored(
 
 
 def distances(rows: dict[str, np.ndarray]) -> Figures:
-    """Divergences from the teacher on a model's own samples, from `measure`, in nats per token."""
+    """Divergences from the teacher on a model's own samples, from `measure`, in nats per token.
+
+    And the overlap with its likeliest ids, per token, where that was measured.
+    """
     value, error = per_token(rows, "reverse_kl")
-    return {
-        "reverse_kl": value,
-        "reverse_kl_stderr": error,
-        "forward_kl": per_token(rows, "forward_kl")[0],
-        "entropy": per_token(rows, "entropy")[0],
+    found = {"reverse_kl": value, "reverse_kl_stderr": error}
+    found |= {name: per_token(rows, name)[0] for name in ("forward_kl", "entropy")}
+    return found | {
+        f"top_k_{name}": per_token(rows, name)[0] for name in overlap.KEYS if name in rows
     }
 
 

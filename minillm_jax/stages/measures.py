@@ -64,8 +64,11 @@ def validation(run: Run, model: Model, wanted: Set[str], source: str = "") -> Sc
     return scores
 
 
-def measure(run: Run, model: Model, batches: Any) -> dict[str, np.ndarray]:
-    """Per-response sums of the divergences between `model` and the teacher on given responses."""
+def measure(run: Run, model: Model, batches: Any, k: int = 0) -> dict[str, np.ndarray]:
+    """Per-response sums of the divergences between `model` and the teacher on given responses.
+
+    With `k` those of the overlap with the teacher's k likeliest ids, too.
+    """
     teacher, parts = run.build.teacher, []
     for batch, real in batches:
         found = divergence.sums(
@@ -76,6 +79,7 @@ def measure(run: Run, model: Model, batches: Any) -> dict[str, np.ndarray]:
             place(batch, batch_sharding(run.build.mesh)),
             run.build.vocab,
             run.build.arithmetic(model),
+            k,
         )
         parts.append({name: hosts.fetch(value)[:real] for name, value in found.items()})
     return stack(parts)

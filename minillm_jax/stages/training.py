@@ -189,11 +189,12 @@ class _Stage:
         self.checkpoints.save(step, state, extra, buffer=rollout)
 
     def keep_skipped(self, step, batch):
-        keep_batch(self.run.folder(self.stage) / "skipped", step, batch)
+        folder = self.run.folder(self.stage) / "skipped"
+        keep_batch(folder, step, batch)
         if self.bar:
             self.bar.log(
                 f"{self.stage}: update {step} is skipped, its loss or gradient is not finite;"
-                f" the batch is kept in {self.run.folder(self.stage) / 'skipped'}"
+                f" the same command with --replay={folder / f'{step}.npz'} says where"
             )
 
 

@@ -189,4 +189,4 @@ def test_there_are_not_too_many_settings():
     def leaves(tree):
         return sum(leaves(v) if isinstance(v, dict) else 1 for v in tree.values())
 
-    assert leaves(base().to_dict()) <= 99
+    assert leaves(base().to_dict()) <= 100

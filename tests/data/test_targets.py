@@ -1,4 +1,4 @@
-"""Kept hidden states: what is written comes back, and what is torn or of other rows does not."""
+"""Kept targets: what is written comes back, and what is torn or of other rows does not."""
 
 import ml_dtypes
 import numpy as np
@@ -32,14 +32,27 @@ def test_batches_get_the_states_of_their_rows(tmp_path, dtype):
             zeros = np.zeros((2, 4), np.int32)
             return Sequences(zeros, zeros > 0, zeros, zeros > 0)
 
-    name = np.dtype(dtype).name
-    kept = Given(Batches(), written(tmp_path, dtype).read(), name, lambda batch, hidden: hidden)
-    hidden = kept[2]
+    def wrap(batch, kept):
+        return kept.view(dtype)
+
+    hidden = Given(Batches(), written(tmp_path, dtype).read(), wrap)[2]
     assert hidden.shape == (2, 4, 2) and hidden.dtype == dtype
     for found, example in zip(hidden, (EXAMPLES[4], EXAMPLES[2]), strict=True):
         want = np.zeros((4, 2), dtype)
         want[: len(example.response)] = states(example, dtype)
         np.testing.assert_array_equal(found, want)
+
+
+def test_records_come_back_by_field(tmp_path):
+    kind = np.dtype([("ids", np.int32, (2,)), ("log_p", np.float32, (3,))])
+    targets = Targets(tmp_path / "states", EXAMPLES[:2], 2, "teacher")
+    records = [np.zeros(len(example.response), kind) for example in EXAMPLES[:2]]
+    records[1]["ids"], records[1]["log_p"] = [[4, 5], [6, 7]], [[-1, -2, -3], [-4, -5, -np.inf]]
+    targets.write(0, records)
+    found = targets.read()
+    assert set(found) == {0, 10} and found[10].dtype == kind
+    for name in kind.names or ():
+        np.testing.assert_array_equal(found[10][name], records[1][name])
 
 
 def test_only_what_is_missing_is_written_again(tmp_path):

@@ -5,11 +5,9 @@ import numpy as np
 import pytest
 
 from minillm_jax.evaluation import divergence
-from minillm_jax.models import head, logits
 from minillm_jax.objectives import token
-from minillm_jax.rollout import response_states
 from minillm_jax.types import Sequences
-from tests.toy_models import prompts, toy
+from tests.toy_models import full_logits, prompts, toy
 
 VOCAB = 7
 STUDENT, Q = toy(0, vocab=VOCAB + 2)
@@ -36,10 +34,7 @@ def batch(rows=6, slots=8):
 @jax.jit
 def full(found):
     """The same values per token [B, N], from the full logits."""
-    q, p = (
-        logits(head(config, params), response_states(config, params, found))[..., :VOCAB]
-        for config, params in ((STUDENT, Q), (TEACHER, P))
-    )
+    q, p = (full_logits(model, found, VOCAB) for model in ((STUDENT, Q), (TEACHER, P)))
     return {
         "reverse_kl": token.reverse_kl(q, p),
         "forward_kl": token.forward_kl(q, p),

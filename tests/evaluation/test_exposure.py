@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from minillm_jax.evaluation import divergence, exposure
-from minillm_jax.models import head, logits
-from minillm_jax.rollout import Warp, generate, response_states
+from minillm_jax.rollout import Warp, generate
 from minillm_jax.types import Sequences
-from tests.toy_models import toy
+from tests.toy_models import full_logits, toy
 
 VOCAB, SLOTS, END = 4, 4, 0
 STUDENT, Q = toy(2, vocab=VOCAB, sharpness=0.2)
@@ -75,10 +74,8 @@ def quick_compiles():
 @jax.jit
 def distributions(batch):
     """q and p at every position of the responses, [B, N, V] each."""
-    return [
-        jax.nn.softmax(logits(head(config, params), response_states(config, params, batch)))
-        for config, params in ((STUDENT, Q), (TEACHER, P))
-    ]
+    models = (STUDENT, Q), (TEACHER, P)
+    return [jax.nn.softmax(full_logits(model, batch, VOCAB)) for model in models]
 
 
 def exact():

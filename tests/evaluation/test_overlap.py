@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from minillm_jax.evaluation import overlap
-from minillm_jax.models import head, logits
-from minillm_jax.rollout import response_states
+from minillm_jax.evaluation import divergence
 from tests.evaluation.test_divergence import STUDENT, TEACHER, VOCAB, P, Q, batch
+from tests.toy_models import full_logits
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -18,19 +17,11 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@jax.jit
-def full(found):
-    """The logits of q and p [B, N, V]."""
-    return [
-        logits(head(config, params), response_states(config, params, found))[..., :VOCAB]
-        for config, params in ((STUDENT, Q), (TEACHER, P))
-    ]
-
-
 def test_sums_are_those_of_the_full_logits():
     found, k = batch(), 3
-    rows = overlap.sums(STUDENT, TEACHER, Q, P, found, VOCAB, k)
-    z = [np.asarray(side) for side in full(found)]
+    rows = divergence.sums(STUDENT, TEACHER, Q, P, found, VOCAB, k=k)
+    models = (STUDENT, Q), (TEACHER, P)
+    z = [np.asarray(jax.jit(lambda m=m: full_logits(m, found, VOCAB))()) for m in models]
     q = np.asarray(jax.nn.softmax(z[0]))
     for b, mask in enumerate(found.response_mask):
         shared = mass = 0.0

@@ -12,15 +12,14 @@ import pytest
 
 from minillm_jax.methods import divergence
 from minillm_jax.methods.on_policy import OnPolicy, Replay
-from minillm_jax.models import head, logits
-from minillm_jax.objectives import reduce, token
+from minillm_jax.objectives import reduce, token, top_k
 from minillm_jax.objectives.taid import Schedule
-from minillm_jax.rollout import response_states
+from minillm_jax.objectives.top_k import Cut
 from minillm_jax.sharding import make_mesh, replicated
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import InputError
 from tests.methods.test_sft import batch
-from tests.toy_models import toy
+from tests.toy_models import full_logits, toy
 
 VOCAB = 7
 STUDENT, Q = toy(0, vocab=VOCAB + 2, layers=1)  # both heads have padding rows, and not as many
@@ -71,10 +70,7 @@ def reader(on_policy) -> Any:
 
 
 def of_full_logits(params, rows):
-    def scores(config, params):
-        return logits(head(config, params), response_states(config, params, rows))[..., :VOCAB]
-
-    q, p = scores(STUDENT, params), scores(TEACHER, P)
+    q, p = (full_logits(m, rows, VOCAB) for m in ((STUDENT, params), (TEACHER, P)))
     values = 0.6 * token.jsd(q, p, 0.3) + 0.4 * token.cross_entropy(q, rows.response)
     return reduce.mean(reduce.total(values, rows.response_mask))
 
@@ -91,6 +87,25 @@ def test_gradient_is_that_of_the_full_logits():
     scale = float(optax.tree.norm(grads))
     chex.assert_trees_all_close(state.opt_state[0].trace, grads, atol=1e-5 * scale)
     assert state.memory == () and "on_policy" not in metrics
+
+
+def test_a_teacher_cut_to_its_likeliest_ids_comes_with_the_batch():
+    """With all of them the update is that of the teacher itself, and no teacher is asked."""
+    z_p = jax.jit(lambda rows: full_logits((TEACHER, P), rows, VOCAB))(batch())
+    given = {name: getattr(batch(), name) for name in batch().__dataclass_fields__}
+    want, metrics = jsd().update(start(jsd()), P, batch())
+    for k in (VOCAB, 2):
+        ids, log_p = top_k.likeliest(z_p, k)
+        got, found = jsd().update(start(jsd()), None, Cut(**given, ids=ids, log_p=log_p))
+        if k == VOCAB:
+            np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
+            np.testing.assert_allclose(found["divergence"], metrics["divergence"], rtol=1e-5)
+            chex.assert_trees_all_close(got.params, want.params, atol=1e-6)
+        else:
+            z_q = top_k.cut(full_logits((STUDENT, Q), batch(), VOCAB), ids)
+            apart = reduce.mean(reduce.total(token.jsd(z_q, log_p, 0.3), batch().response_mask))
+            np.testing.assert_allclose(found["divergence"], apart, rtol=1e-5)
+            assert found["divergence"] < metrics["divergence"]
 
 
 def test_the_student_writes_as_often_as_lambda_says_and_is_then_what_is_read():

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from minillm_jax.methods import kd, sft
+from minillm_jax.methods import divergence, sft
 from minillm_jax.methods.accumulate import dropout_keys
+from minillm_jax.methods.on_policy import OnPolicy
 from minillm_jax.train_state import TrainState
 from tests.methods.test_sft import batch
 from tests.toy_models import toy
@@ -36,7 +37,9 @@ def method(name, rate=0.2, seed: int | None = 3, micro_batches=1):
     options = {"vocab": VOCAB, "dropout_seed": seed, "micro_batches": micro_batches}
     if name == "sft":
         return sft.method(config, SGD, lambda count: 0.1, **options)
-    return kd.method(config, CONFIG, SGD, lambda count: 0.1, kd_ratio=0.5, **options)
+    given = OnPolicy(0.0, 4, eos_id=0, pad_id=0, vocab=options.pop("vocab"))
+    options |= {"divergence": "cross_entropy", "on_policy": given, "kd_ratio": 0.5}
+    return divergence.method(config, CONFIG, SGD, lambda count: 0.1, **options)
 
 
 def loss(step, *args, given=None, **options):

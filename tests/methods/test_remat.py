@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from minillm_jax.methods import kd, minillm, sft
+from minillm_jax.methods import divergence, minillm, sft
+from minillm_jax.methods.on_policy import OnPolicy
 from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.rollout import Mixing, Rollout, response_states
 from minillm_jax.train_state import TrainState
@@ -55,8 +56,9 @@ def case(name: str, remat: str):
         return made.update, (None, given())
     models = STUDENT, TEACHER, SGD, rate
     if name == "kd":
-        made = kd.method(*models, vocab=VOCAB, kd_ratio=0.5, remat=remat)
-        return made.update, (P, given())
+        alone = OnPolicy(0.0, 4, eos_id=0, pad_id=0, vocab=VOCAB)
+        options = {"divergence": "cross_entropy", "on_policy": alone, "kd_ratio": 0.5}
+        return divergence.method(*models, remat=remat, **options).update, (P, given())
     options = {"policy": PRESETS["corrected"], "mixing": MIXING, "remat": remat}
     return minillm.method(*models, **options).update, (P, rollout())
 

@@ -50,6 +50,7 @@ def plain(name, z_q, z_p, x):
     mixed = x * p + (1 - x) * q
     return {
         "forward_kl": lambda: kl(p, q),
+        "cross_entropy": lambda: -(p * np.log(q)).sum(),
         "reverse_kl": lambda: kl(q, p),
         "jsd": lambda: x * kl(p, mixed) + (1 - x) * kl(q, mixed),
         "skew_forward_kl": lambda: kl(p, mixed),
@@ -133,8 +134,16 @@ def test_in_blocks_they_are_those_of_the_full_logits():
         def loss(scores, extras, mask):
             return 0.7 * scores["divergence"] + 0.5 * scores["log_q"]
 
-        def blocks(name, *q):
-            found, x = DIVERGENCES[name], PARAMETERS.get(name, 0.0)
+        def blocks(name, *q, scored=False):
+            found: Any = DIVERGENCES[name]
+            x = PARAMETERS.get(name, 0.0)
+            if scored:
+
+                def short(scores, extras, mask):
+                    return 0.7 * found.scored(scores) + 0.5 * scores["log_q"]
+
+                value, scores = vocab.loss_sum(short, *q, *args[3:], block=8)
+                return value, found.scored(scores)
 
             def between(z_q, z_p, t):
                 return found.function(z_q, z_p, t if found.scheduled else x)
@@ -158,6 +167,12 @@ def test_in_blocks_they_are_those_of_the_full_logits():
                 return jax.value_and_grad(partial(function, name), (0, 1, 2), has_aux=True)(*q)
 
             found = {name: (of(blocks, name), of(full, name)) for name in DIVERGENCES}
+            closed = partial(blocks, scored=True)
+            found |= {
+                f"{name}, scored": (of(closed, name), found[name][1])
+                for name, one in DIVERGENCES.items()
+                if one.scored
+            }
             return found, blocks("jsd", *q)
 
         found, without_gradient = all_of_them(*args[:3])
@@ -195,7 +210,7 @@ def test_no_logits_persist():
 def test_a_parameter_that_is_none_is_refused(name, value, says):
     with pytest.raises(InputError, match=says):
         DIVERGENCES[name].checked(name, value)
-    with pytest.raises(InputError, match="divergence='kl': choose from forward_kl, reverse_kl"):
+    with pytest.raises(InputError, match="divergence='kl': choose from forward_kl, cross_entropy"):
         divergences.find("kl")
 
 

@@ -1,8 +1,12 @@
+import itertools
 import re
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
+from minillm_jax.methods.registry import METHODS
 from minillm_jax.reporting import plots
 from minillm_jax.reporting.plots import Bar
 from minillm_jax.reporting.writers import read_rows
@@ -66,7 +70,15 @@ def test_colours_are_variables_of_the_page(run):
     assert "var(--minillm, #d55e00)" in chart.svg and "var(--ink" in chart.svg
     assert not re.search(r"(?<!, )#d55e00", chart.svg)
     assert plots.css_colour("sft") == "var(--sft, #0072b2)"
-    assert plots.css_colour("gkd") == plots.css_colour("other2")
+    assert plots.css_colour("gkd") == plots.colour_of("gkd")  # a plain one
+
+
+def test_every_method_has_a_colour_that_no_other_is_near():
+    names = ["teacher", "start", *METHODS, "one more", "and another"]
+    colours = {name: to_rgb(plots.colour_of(name)) for name in names}
+    for one, other in itertools.combinations(names, 2):
+        apart = np.linalg.norm(np.subtract(colours[one], colours[other]))
+        assert apart > 0.13, (one, other)
 
 
 def test_bars_with_errors():

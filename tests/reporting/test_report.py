@@ -82,6 +82,7 @@ def test_untrusted_text_is_escaped_everywhere(run):
     summary["models"][evil] = {"reverse_kl": 0.4, "nll": 1.0}
     summary["stages"][evil] = {"seconds": 1.0, "tokens": 2, "updates": 3}
     summary["config"] = summary["environment"][evil] = evil
+    summary["warnings"] = [{"stage": evil, "step": 1, "text": evil}]
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "config.json").write_text(json.dumps({"teacher": {"path": evil}, evil: evil}))
     row = {
@@ -95,6 +96,15 @@ def test_untrusted_text_is_escaped_everywhere(run):
     assert not {"script", "img"} & set(page.tags)
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_what_was_warned_of_is_on_the_page(run):
+    assert ("class", "card warnings") not in _page(run)[1].attributes
+    summary = json.loads((run / "summary.json").read_text())
+    summary["warnings"] = [{"stage": "distill", "step": 4, "text": "update 4: the sky; look up"}]
+    (run / "summary.json").write_text(json.dumps(summary))
+    text, _ = _page(run)
+    assert "<li><b>Distillation</b> update 4: the sky; look up</li>" in text
 
 
 @pytest.mark.parametrize(

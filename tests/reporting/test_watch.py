@@ -2,7 +2,7 @@
 
 import pytest
 
-from minillm_jax.reporting.watch import QUIET, Watch
+from minillm_jax.reporting.watch import QUIET, Watch, of_run
 
 USUAL = {"grad_norm": 1.0, "response_length": 40.0, "entropy": 2.0, "ess": 0.9, "repetition": 0.1}
 
@@ -45,3 +45,20 @@ def test_what_is_short_of_the_limits_says_nothing():
 def test_what_is_no_number_is_left_out_and_a_run_has_to_begin_first():
     nothing = {name: None for name in USUAL}
     assert watched([nothing, {"grad_norm": float("nan")}, {}, {"grad_norm": 1e9}]) == []
+
+
+def test_what_was_said_in_a_run_is_told_again_by_stage_with_the_skipped_updates():
+    def row(stage, step, **changes):
+        return {"stage": stage, "step": step, "skipped": 0} | USUAL | changes
+
+    rows = [row("distill", step) for step in range(1, 13)]
+    rows += [row("distill", step, grad_norm=None, skipped=1) for step in (13, 14, 16)]
+    rows += [row("distill", 17, ess=0.1), row("student_sft", 1, skipped=1), row("other", 1, ess=0)]
+    rows += [{"stage": "distill", "step": 17, "valid_reverse_kl": 1.0}]
+    told = of_run(rows, {"student_sft": "sft", "distill": "distill"})
+    assert [(one["stage"], one["step"]) for one in told] == [
+        ("student_sft", 1), ("distill", 13), ("distill", 16), ("distill", 17)
+    ]  # fmt: skip
+    texts = [one["text"].partition(":")[0] for one in told]
+    assert texts == ["update 1", "updates 13 to 14", "update 16", "update 17"]
+    assert "skipped" in told[1]["text"] and "lower config.distill.alpha" in told[3]["text"]

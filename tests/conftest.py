@@ -13,6 +13,9 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+# Three quarters of the suite's time are compilation, and this halves that. What the compiler makes
+# of a program is tested where the mark `optimized` stands.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path,
         comparison.compare(config, workdir, ["kd", "dpo"], 2)
     config.distill.parameter = 2.0
     with pytest.raises(InputError, match="parameter=2.0: beta of jsd lies from 0 to 1"):
-        comparison.compare(config, workdir, ["kd", "gkd"], 2)
+        comparison.compare(config, workdir, ["sft", "gkd"], 2)
     assert not workdir.exists()
     config.distill.parameter = None
     monkeypatch.setattr(pipeline, "run_stage", lambda run, name, stage: None)

@@ -80,7 +80,7 @@ def method(
     def between(z_q: jax.Array, z_p: jax.Array, t: jax.Array) -> jax.Array:
         return found.function(z_q, z_p, t if taid else fixed)
 
-    def between_cut(z_q: jax.Array, _: None, extras: Any) -> jax.Array:
+    def between_cut(z_q: jax.Array, _: jax.Array, extras: Any) -> jax.Array:
         t, ids, log_p = extras
         return between(top_k.cut(z_q, ids), log_p, t)
 
@@ -101,7 +101,8 @@ def method(
         options = {"dtype": dtype, "remat": remat, "dropout_key": key, "max_tokens": max_tokens}
         hidden = response_states(student, params, rows, **options)
         q, p, states = head(student, params, hidden.dtype), None, None
-        extras, how = t, None if found.scored else between
+        extras: Any = t
+        how: vocab.Divergence | None = None if found.scored else between
         if isinstance(rows, Cut):
             extras, how = (t, rows.ids, rows.log_p), between_cut
         else:

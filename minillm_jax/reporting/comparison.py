@@ -18,7 +18,7 @@ SHOWN = (
     "greedy_repetition", "greedy_loops",
 )  # fmt: skip
 # Tokens read so far and the figure, at each validation of a method in one seed.
-Curve = list[tuple[float, float]]
+Curve = Sequence[tuple[float, float]]
 CURVES = {"valid_reverse_kl": "Reverse KL", "valid_loss": "Loss of the given answers"}
 DRAWN = ("reverse_kl", "nll", "rouge_l", "greedy_loops")
 

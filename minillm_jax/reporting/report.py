@@ -195,8 +195,8 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _warnings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Stage and text of what was warned of while training."""
     found = [one for one in summary.get("warnings") or [] if isinstance(one, Mapping)]
-    stages = [one.get("stage", "") for one in found]
-    return [(_STAGES.get(s, s), one.get("text", "")) for s, one in zip(stages, found, strict=True)]
+    told = [(str(one.get("stage", "")), str(one.get("text", ""))) for one in found]
+    return [(_STAGES.get(stage, stage), text) for stage, text in told]
 
 
 def _result_charts(summary: Mapping[str, Any]) -> list[plots.Chart]:

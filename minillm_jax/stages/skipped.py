@@ -48,7 +48,7 @@ def read_batch(file: Path) -> Any:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} cannot be read ({error}): replay another batch") from error
     text = arrays.pop("1", None)  # (rows, blocks of plain text)
-    rows = {name.removeprefix("0."): array for name, array in arrays.items()}
+    rows: dict[str, Any] = {name.removeprefix("0."): array for name, array in arrays.items()}
     for kind in KINDS:
         if {field.name for field in dataclasses.fields(kind)} == rows.keys():
             return kind(**rows) if text is None else (kind(**rows), text)

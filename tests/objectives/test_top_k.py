@@ -71,7 +71,9 @@ def test_all_ids_are_the_whole_and_fewer_are_less(found):
     for name, one in DIVERGENCES.items():
         x = PARAMETERS.get(name, 0.0)
         with jax.enable_x64(True):
-            whole = jax.value_and_grad(lambda q, one=one, x=x: one.function(q, p, x).sum())
+            whole = jax.value_and_grad(
+                lambda q, one=one, x=x: one.function(q, jnp.asarray(p), x).sum()
+            )
             value, grad = jax.device_get(whole(jnp.asarray(q)))
         np.testing.assert_allclose(found[V][2][name][1].sum(), value, rtol=1e-10, err_msg=name)
         np.testing.assert_allclose(found[V][2][name][0], grad, atol=1e-10, err_msg=name)

@@ -21,12 +21,9 @@ from benchmarks import pair as models
 from benchmarks.timing import machine, matmul_rate
 from minillm_jax import optim
 from minillm_jax.methods import minillm, sft
-from minillm_jax.models import DecoderConfig, abstract_params, logical_axes
 from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.reporting.writers import write_json
 from minillm_jax.rollout import Mixing, Rollout
-from minillm_jax.sharding import make_mesh, tree_shardings
-from minillm_jax.train_state import TrainState, abstract_state, init_state
 from minillm_jax.types import Sequences
 
 
@@ -73,7 +70,7 @@ def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str
         )
         frozen, batch = pair.teacher_params, _rollout(pair, asked)
     update: Any = method.update
-    state = _state(pair, optimizer)
+    state = models.state(pair.student, jax.tree.map(jnp.copy, pair.params), optimizer)
     began = time.perf_counter()
     program = update.lower(state, frozen, batch).compile()
     compile_seconds = time.perf_counter() - began
@@ -89,7 +86,8 @@ def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str
         jax.block_until_ready(state)
         chained.append((time.perf_counter() - began) / 2)
     seconds, tokens = statistics.median(chained), asked.batch * (asked.prompt + asked.slots)
-    flops = model_flops(name, pair, asked)
+    teacher = pair.teacher if name == "minillm" else None
+    flops = models.update_flops(pair.student, teacher, asked.batch, asked.prompt, asked.slots)
     return {
         "update": name,
         "compile_seconds": compile_seconds,
@@ -99,29 +97,6 @@ def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str
         "flops": flops,
         "mfu": flops / seconds / asked.rate,
     }
-
-
-def model_flops(name: str, pair: models.Pair, asked: argparse.Namespace) -> float:
-    """FLOPs of an update: student forward and backward, and the teacher's head."""
-    slots, answers = asked.prompt + asked.slots, asked.batch * asked.slots
-    c = pair.student
-    trunk = sum(x.size for x in jax.tree.leaves(pair.params["layers"]) if x.ndim > 2)
-    scores = 2 * c.layers * c.heads * c.head_dim * slots / 2  # a causal query sees half of them
-    forward = 2 * asked.batch * slots * (trunk + scores) + 2 * answers * _head(c, pair.vocab)
-    teacher = 2 * answers * _head(pair.teacher, pair.vocab) if name == "minillm" else 0
-    return 3 * forward + teacher
-
-
-def _head(config: DecoderConfig, vocab: int) -> int:
-    return config.embed_width * vocab
-
-
-def _state(pair: models.Pair, optimizer: Any) -> TrainState:
-    mesh = make_mesh(devices=jax.devices()[:1])
-    shapes = abstract_params(pair.student)
-    homes = tree_shardings(shapes, logical_axes(pair.student), mesh)
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), pair.params)  # it is donated
-    return init_state(params, optimizer, abstract_state(shapes, homes, optimizer, mesh))
 
 
 def _rows(pair: models.Pair, asked: argparse.Namespace) -> Sequences:

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from configs.quickstart import SHA256, get_config
-from minillm_jax.models import DecoderConfig, fetch, hf
+from minillm_jax.models import DecoderConfig, abstract_params, fetch, hf, logical_axes
+from minillm_jax.sharding import make_mesh, tree_shardings
+from minillm_jax.train_state import TrainState, abstract_state, init_state
 from minillm_jax.types import Sequences
 
 
@@ -34,20 +36,62 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", default="", help="write the figures here, too")
 
 
-def load(asked: argparse.Namespace) -> Pair:
-    """Read the teacher and the student; by default those of `configs/quickstart.py`."""
+def opened(asked: argparse.Namespace) -> tuple[hf.Stored, hf.Stored]:
+    """The teacher and the student, not read; by default those of `configs/quickstart.py`."""
     config: Any = get_config()
     sha256 = SHA256 if asked.model == config.teacher.path else ""
     stored = hf.open_model(fetch.resolve(asked.model, sha256))
     kept = [int(i) for i in asked.layers.split(",") if i] or config.student.keep_layers
-    short = stored.keep(kept)
-    return Pair(
-        teacher=stored.config,
-        teacher_params=stored.read(asked.dtype),
-        student=short.config,
-        params=short.read(asked.dtype),
-        vocab=stored.config.vocab_size,
-    )
+    return stored, stored.keep(kept)
+
+
+def load(asked: argparse.Namespace) -> Pair:
+    """Read the teacher and the student."""
+    stored, short = opened(asked)
+    teacher, student = placed(stored, asked.dtype), placed(short, asked.dtype)
+    return Pair(*teacher, *student, vocab=stored.config.vocab_size)
+
+
+def placed(stored: hf.Stored, dtype: Any = jnp.float32) -> tuple[DecoderConfig, Any]:
+    """The config of a model and its parameters on the first device."""
+    return stored.config, stored.read(dtype, _homes(stored.config)[1])
+
+
+def state(config: DecoderConfig, params: Any, optimizer: Any) -> TrainState:
+    """The state at step 0 around `params`, which an update takes."""
+    mesh, homes = _homes(config)
+    abstract = abstract_state(abstract_params(config), homes, optimizer, mesh)
+    return init_state(params, optimizer, abstract)
+
+
+def _homes(config: DecoderConfig) -> tuple[Any, Any]:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return mesh, tree_shardings(abstract_params(config), logical_axes(config), mesh)
+
+
+def kernels(config: DecoderConfig) -> int:
+    """Numbers in the matrices of the layers."""
+    layers = abstract_params(config)["layers"]
+    return sum(leaf.size for leaf in jax.tree.leaves(layers) if leaf.ndim > 2)
+
+
+def forward_flops(config: DecoderConfig, rows: int, slots: int) -> float:
+    """FLOPs of the layers on rows of so many tokens; a causal query sees half of them."""
+    scores = 2 * config.layers * config.heads * config.head_dim * slots / 2
+    return 2 * rows * slots * (kernels(config) + scores)
+
+
+def head_flops(config: DecoderConfig, tokens: int) -> float:
+    """FLOPs of the logits of so many tokens."""
+    return 2.0 * tokens * config.embed_width * config.vocab_size
+
+
+def update_flops(
+    student: DecoderConfig, teacher: DecoderConfig | None, rows: int, prompt: int, slots: int
+) -> float:
+    """FLOPs of an update: the student forward and backward, and the teacher's head if any."""
+    forward = forward_flops(student, rows, prompt + slots) + head_flops(student, rows * slots)
+    return 3 * forward + (head_flops(teacher, rows * slots) if teacher else 0)
 
 
 def prompts(rows: int, width: int, vocab: int) -> Sequences:

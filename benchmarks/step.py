@@ -4,8 +4,8 @@
 
 Updates of SFT and of MiniLLM on made-up rows. FLOPs are those of the model: of the student three
 times its forward pass, in MiniLLM also the product of the stored teacher states with the teacher's
-head; what is computed again is not counted. The rate is measured in the same run. The gap is what
-an update takes longer when the next one is asked for only after it has ended.
+head; what is computed again is not counted. The rate is measured before each update that counts.
+The gap is what an update takes longer when the next one is asked for only after it has ended.
 """
 
 import argparse
@@ -21,12 +21,9 @@ from benchmarks import pair as models
 from benchmarks.timing import machine, matmul_rate
 from minillm_jax import optim
 from minillm_jax.methods import minillm, sft
-from minillm_jax.models import DecoderConfig, abstract_params, logical_axes
 from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.reporting.writers import write_json
 from minillm_jax.rollout import Mixing, Rollout
-from minillm_jax.sharding import make_mesh, tree_shardings
-from minillm_jax.train_state import TrainState, abstract_state, init_state
 from minillm_jax.types import Sequences
 
 
@@ -37,8 +34,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of an update")
     asked = parser.parse_args()
     pair = models.load(asked)
-    asked.rate = matmul_rate(jnp.dtype(asked.dtype))
-    print(f"matmul {asked.rate / 1e9:.0f} GFLOP/s")
     print("| update | compilation s | seconds | gap s | tokens/s | of the matmul rate |")
     print("|---|---|---|---|---|---|")
     found = []
@@ -51,7 +46,7 @@ def main() -> None:
             flush=True,
         )
     if asked.json:
-        write_json(asked.json, machine() | {"matmul_flops_per_s": asked.rate, "updates": found})
+        write_json(asked.json, machine() | {"updates": found})
 
 
 def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str, Any]:
@@ -73,13 +68,14 @@ def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str
         )
         frozen, batch = pair.teacher_params, _rollout(pair, asked)
     update: Any = method.update
-    state = _state(pair, optimizer)
+    state = models.state(pair.student, jax.tree.map(jnp.copy, pair.params), optimizer)
     began = time.perf_counter()
     program = update.lower(state, frozen, batch).compile()
     compile_seconds = time.perf_counter() - began
     state, _ = jax.block_until_ready(program(state, frozen, batch))
-    alone, chained = [], []
+    alone, chained, rates = [], [], []
     for _ in range(asked.repeats):
+        rates.append(matmul_rate(jnp.dtype(asked.dtype)))  # each time: the machine's speed drifts
         began = time.perf_counter()
         state, _ = jax.block_until_ready(program(state, frozen, batch))
         alone.append(time.perf_counter() - began)
@@ -89,7 +85,8 @@ def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str
         jax.block_until_ready(state)
         chained.append((time.perf_counter() - began) / 2)
     seconds, tokens = statistics.median(chained), asked.batch * (asked.prompt + asked.slots)
-    flops = model_flops(name, pair, asked)
+    teacher = pair.teacher if name == "minillm" else None
+    flops = models.update_flops(pair.student, teacher, asked.batch, asked.prompt, asked.slots)
     return {
         "update": name,
         "compile_seconds": compile_seconds,
@@ -97,31 +94,9 @@ def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str
         "gap": statistics.median(a - b for a, b in zip(alone, chained, strict=True)),
         "tokens_per_s": tokens / seconds,
         "flops": flops,
-        "mfu": flops / seconds / asked.rate,
+        "matmul_flops_per_s": rates,
+        "mfu": statistics.median(flops / a / b for a, b in zip(chained, rates, strict=True)),
     }
-
-
-def model_flops(name: str, pair: models.Pair, asked: argparse.Namespace) -> float:
-    """FLOPs of an update: student forward and backward, and the teacher's head."""
-    slots, answers = asked.prompt + asked.slots, asked.batch * asked.slots
-    c = pair.student
-    trunk = sum(x.size for x in jax.tree.leaves(pair.params["layers"]) if x.ndim > 2)
-    scores = 2 * c.layers * c.heads * c.head_dim * slots / 2  # a causal query sees half of them
-    forward = 2 * asked.batch * slots * (trunk + scores) + 2 * answers * _head(c, pair.vocab)
-    teacher = 2 * answers * _head(pair.teacher, pair.vocab) if name == "minillm" else 0
-    return 3 * forward + teacher
-
-
-def _head(config: DecoderConfig, vocab: int) -> int:
-    return config.embed_width * vocab
-
-
-def _state(pair: models.Pair, optimizer: Any) -> TrainState:
-    mesh = make_mesh(devices=jax.devices()[:1])
-    shapes = abstract_params(pair.student)
-    homes = tree_shardings(shapes, logical_axes(pair.student), mesh)
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), pair.params)  # it is donated
-    return init_state(params, optimizer, abstract_state(shapes, homes, optimizer, mesh))
 
 
 def _rows(pair: models.Pair, asked: argparse.Namespace) -> Sequences:

@@ -13,8 +13,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Three quarters of the suite's time are compilation, and this halves that. What the compiler makes
-# of a program is tested where the mark `optimized` stands.
+# Three quarters of the suite's time are compilation, and this halves that. Tests of what the
+# compiler makes of a program have the mark `optimized`.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -33,3 +33,12 @@ def forget_programs():
     Linux gives a process, and those of the whole session together are more."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def optimisations(request: pytest.FixtureRequest):
+    """Let the compiler do its best where the mark asks for it."""
+    marked = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not marked)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

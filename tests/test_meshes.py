@@ -143,6 +143,7 @@ def _collectives(compiled):
             yield found[2], found[1], scope[1] if scope else ""
 
 
+@pytest.mark.optimized
 def test_collectives_of_the_compiled_programs(capfd):
     """Kernels are gathered once per collection, and in an update layer by layer; logits never."""
     mesh = make_mesh(2, 2, 2)

@@ -63,6 +63,7 @@ def case(name: str, remat: str):
     return minillm.method(*models, **options).update, (P, rollout())
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["sft", "kd", "minillm"])
 def test_an_update_with_remat_takes_less_memory_and_is_the_same(name):
     memory, states, metrics = [], [], []

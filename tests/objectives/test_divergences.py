@@ -182,6 +182,7 @@ def test_in_blocks_they_are_those_of_the_full_logits():
         np.testing.assert_allclose(without_gradient[0], found["jsd"][1][0][0], rtol=1e-10)
 
 
+@pytest.mark.optimized
 def test_no_logits_persist():
     rows, positions, size = 2, 64, 512
     args: Any = (

@@ -223,6 +223,7 @@ def test_a_mesh_changes_nothing(entry):
     assert "all-gather" not in str(compiled.as_text())
 
 
+@pytest.mark.optimized
 @both
 def test_no_array_of_the_whole_vocabulary_persists(entry):
     """Compiled for 64 positions in blocks of 4 of them, no buffer is as large as [B, N, V]."""

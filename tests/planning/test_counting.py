@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from minillm_jax.planning.counting import counter
 
+pytestmark = pytest.mark.optimized
 LAYERS, ROWS, WIDTH = 7, 8, 16
 
 

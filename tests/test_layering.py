@@ -18,9 +18,9 @@ LAYERS = (
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},
     {
-        "pipeline", "comparison", "workdir", "stages", "build", "assemble", "dataset", "recipe",
-        "scratch", "check", "geometry", "trainer", "checkpoint", "record", "memory", "modelfiles",
-        "named", "planning",
+        "pipeline", "comparison", "workdir", "bucket", "stages", "build", "assemble", "dataset",
+        "recipe", "scratch", "check", "geometry", "trainer", "checkpoint", "record", "memory",
+        "modelfiles", "named", "planning",
     },
     {"main", "compare", "plan", "generate", "export", "evaluate", "judge", "program"},
 )  # fmt: skip

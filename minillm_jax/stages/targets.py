@@ -12,7 +12,7 @@ from minillm_jax.reporting.progress import Progress
 from minillm_jax.rollout import Taught, response_states
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Outcome, Run
-from minillm_jax.stages.answers import answered
+from minillm_jax.stages.answers import PUSHED_EVERY, answered
 
 
 def teacher_targets(run: Run) -> Outcome:
@@ -29,6 +29,7 @@ def teacher_targets(run: Run) -> Outcome:
             states, mask = hosts.fetch(states), batch.response_mask
             if hosts.is_main():
                 targets.write(index, [states[row][mask[row]] for row in range(real)])
+            run.keep(every=PUSHED_EVERY)
             written = int(mask[:real].sum())
             tokens += written
             bar.update(done, tokens=written)

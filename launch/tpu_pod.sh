@@ -17,8 +17,9 @@
 #   --spot                  ask for preemptible hosts
 #   --dry_run               print the gcloud commands and end
 #
-# A new slice has empty disks, and all hosts need one work directory: mount a share, such as one of
-# Filestore, and give a folder of it, --nfs 10.0.0.2:/share -- --workdir /mnt/minillm/RUN ...
+# A new slice has empty disks, and all hosts need one work directory: give one in a bucket that the
+# service account of the slice may write, -- --workdir gs://BUCKET/RUN ...; or mount a share, such as
+# one of Filestore, and give a folder of it, --nfs 10.0.0.2:/share -- --workdir /mnt/minillm/RUN ...
 set -euo pipefail
 
 wait_seconds=${MINILLM_POLL:-30} # between two looks at the state of the slice
@@ -114,7 +115,7 @@ sudo mount -t nfs $(printf '%q' "$nfs") /mnt/minillm; }"
 mkdir -p minillm_jax; tar -xzf minillm_jax.tar.gz -C minillm_jax; cd minillm_jax
 python3 -m pip install --quiet --user uv; uv() { python3 -m uv --quiet \"\$@\"; }
 [ -d .venv ] || uv venv --python $python .venv
-uv pip install --python .venv/bin/python -r requirements.txt 'jax[tpu]'"
+uv pip install --python .venv/bin/python -r requirements.txt 'jax[tpu]' gcsfs"
 }
 
 # What an earlier start left would hold the TPU: a lost connection ends no process. jax finds the

@@ -57,6 +57,7 @@ class Checkpoints:
         self, directory: Any, settings: dict[str, Any], *, keep: int = 2, background: bool = True
     ):
         self.directory = epath.Path(directory)
+        self._in_bucket = "://" in os.fspath(self.directory)
         self._settings = json.loads(json.dumps(settings))
         self._keep = keep
         self._background = background
@@ -82,7 +83,7 @@ class Checkpoints:
             "run": ocp.JsonCheckpointHandler(),
             "buffer": ocp.StandardCheckpointHandler(),
         }
-        where = self.directory.resolve()
+        where = self.directory if self._in_bucket else self.directory.resolve()
         return ocp.CheckpointManager(where, options=options, item_handlers=handlers)
 
     def save(
@@ -232,7 +233,7 @@ class Checkpoints:
                 )
 
     def _check_space(self, tree: Any) -> None:
-        if "://" in os.fspath(self.directory):
+        if self._in_bucket:
             return
         if not os.access(self.directory, os.W_OK):  # before Orbax has begun anything
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -268,7 +269,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = _refusal(error)
+            reason = _refusal(error, self._in_bucket)
             if reason is None:
                 raise
             self._abandon()
@@ -287,12 +288,16 @@ class Checkpoints:
                 time.sleep(0.1)
 
 
-def _refusal(error: Exception) -> str | None:
+def _refusal(error: Exception, in_bucket: bool) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     # TensorStore raises ValueError with the number of the system's error in its text.
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code.group(1))) if code else None
+    if code:
+        return os.strerror(int(code.group(1)))
+    # A bucket has no such numbers: gcsfs raises OSError, TensorStore ValueError with the status.
+    refused = in_bucket and (isinstance(error, OSError) or re.match("[A-Z_]+: ", str(error)))
+    return _first_line(error) if refused else None
 
 
 def _score(metrics: dict[str, float]) -> float:

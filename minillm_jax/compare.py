@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{argv[1]!r} is no flag: write --flag=value")
     if CONFIG.value is None:
         raise InputError("no experiment given: add --config configs/quickstart.py")
+    if "://" in (WORKDIR.value or ""):
+        raise InputError(f"--workdir={WORKDIR.value}: compare needs a folder")
     from minillm_jax import comparison, hosts  # import jax, which --help does not need
 
     hosts.connect()

@@ -7,6 +7,7 @@ line on standard error, for bad input or a training that cannot go on. The work 
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
@@ -20,7 +21,10 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, FILE.py[:argument].", flag_values=FLAGS
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Outputs; by default runs/NAME of the config.", flag_values=FLAGS
+    "workdir",
+    None,
+    "Outputs, a folder or gs://BUCKET/PATH; by default runs/NAME of the config.",
+    flag_values=FLAGS,
 )
 STAGES = flags.DEFINE_list(
     "stages", None, "Run these stages alone, such as distill,evaluate.", flag_values=FLAGS
@@ -42,29 +46,35 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{argv[1]!r} is no flag: write --flag=value")
     if CONFIG.value is None:
         raise InputError("no experiment given: add --config configs/quickstart.py")
-    if "://" in (WORKDIR.value or ""):
+    in_bucket = "://" in (WORKDIR.value or "")
+    source = FORK.value or REPLAY.value
+    if source and (in_bucket or "://" in source):
         raise InputError(
-            f"--workdir={WORKDIR.value} is in a bucket: give a folder, in which a bucket may be "
-            "mounted (gcsfuse)"
+            f"--{'fork' if FORK.value else 'replay'} and its --workdir must be of folders: copy a "
+            "run out of its bucket first, gcloud storage cp -r gs://BUCKET/PATH DIR"
         )
-    from minillm_jax import hosts, pipeline  # import jax, which --help does not need
+    from minillm_jax import bucket, hosts, pipeline  # import jax, which --help does not need
 
     hosts.connect()
     config = CONFIG.value
     if not (WORKDIR.value or config.name):
         raise InputError("config.name is empty: set it, or give --workdir")
-    workdir = Path(WORKDIR.value or os.path.join("runs", config.name))
+    where = WORKDIR.value or os.path.join("runs", config.name)
     if REPLAY.value:
         from minillm_jax import replay
 
-        replay.execute(config, workdir, Path(REPLAY.value))
+        replay.execute(config, Path(where), Path(REPLAY.value))
     elif DRY_RUN.value:
-        described = pipeline.describe(config, workdir, STAGES.value)
+        with bucket.looked_at(where) if in_bucket else nullcontext(Path(where)) as workdir:
+            described = pipeline.describe(config, workdir, STAGES.value)
         if hosts.is_main():
-            print(json.dumps(described, indent=2))
+            print(json.dumps(described | {"workdir": where}, indent=2))
+    elif in_bucket:
+        with bucket.attached(where) as remote:
+            pipeline.execute(config, remote.image, STAGES.value, remote=remote)
     else:
         source = Path(FORK.value) if FORK.value else None
-        pipeline.execute(config, workdir, STAGES.value, source)
+        pipeline.execute(config, Path(where), STAGES.value, source)
 
 
 if __name__ == "__main__":

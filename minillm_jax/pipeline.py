@@ -19,7 +19,8 @@ from typing import Any
 
 import jax
 
-from minillm_jax import hosts, memory, stopping
+from minillm_jax import hosts, memory, record, stopping
+from minillm_jax.bucket import Bucket
 from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
 from minillm_jax.modelfiles import recover
@@ -100,10 +101,15 @@ def _inputs(workdir: Path, stage: Stage) -> dict[str, str]:
 
 
 def execute(
-    config: Any, workdir: Path, names: Sequence[str] | None = None, source: Path | None = None
+    config: Any,
+    workdir: Path,
+    names: Sequence[str] | None = None,
+    source: Path | None = None,
+    remote: Bucket | None = None,
 ) -> None:
     """Run the stages `names` (all if None) that are not done; those of a fork of `source`.
 
+    With `remote`, a bucket that is held, `workdir` is its image.
     Nothing else is written before all that the run reads has been looked at.
 
     Raises:
@@ -130,7 +136,7 @@ def execute(
     hosts.barrier("preflight")  # else one may write what another is still looking at
     with claimed(workdir), MetricsWriter(workdir, tensorboard=bool(config.tensorboard)) as metrics:
         refuse_another(workdir, config)  # which may have been made meanwhile
-        run = Run(build, workdir, metrics)
+        run = Run(build, workdir, metrics, remote)
         if not (workdir / "config.json").exists():
             write_json(workdir / "config.json", config.to_dict())
         trains = {stage: stages[stage].section for stage in to_do}
@@ -144,7 +150,7 @@ def execute(
             if stage == "teacher_sft":
                 build.follow(tuned)
     if "report" in chosen:
-        print(f"report: {workdir / 'report.html'}", file=hosts.log())
+        print(f"report: {(remote.url if remote else workdir)}/report.html", file=hosts.log())
 
 
 def run_stage(run: Run, stage: str, this: Stage) -> None:
@@ -158,7 +164,7 @@ def run_stage(run: Run, stage: str, this: Stage) -> None:
     if not (mark.exists() and read_json(mark)["inputs"] == inputs):
         hosts.barrier(f"{stage} is new")
         if hosts.is_main():  # of other inputs: no checkpoint to go on from
-            shutil.rmtree(folder, ignore_errors=True)
+            run.clear(stage)
     if this.section:
         if hosts.is_main():
             recover(run.model(stage))
@@ -166,14 +172,14 @@ def run_stage(run: Run, stage: str, this: Stage) -> None:
     write_json(mark, {"inputs": inputs})
     if hosts.is_main():
         (folder / "done.json").unlink(missing_ok=True)
-    hosts.barrier(f"{stage} begins")
+    run.share(f"{stage} begins")
     began = time.monotonic()
     try:
         with jax.set_mesh(run.build.mesh):
             outcome = this.function(run)
     except TrainingStopped as error:
-        steps = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
-        last = folder / "checkpoints" / str(max(steps, default=0))
+        steps = record.steps(run.checkpoints(stage))
+        last = run.checkpoints(stage) / str(max(steps, default=0))
         kept = f"the last good checkpoint is {last}" if steps else "there is no checkpoint yet"
         raise InputError(f"{stage} stopped: {error}; {kept}") from error
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -194,7 +200,7 @@ def run_stage(run: Run, stage: str, this: Stage) -> None:
     outcome |= {"inputs": _inputs(run.workdir, this), "finished": now}
     hosts.barrier(f"{stage} ends")  # and all of it is written
     write_json(folder / "done.json", outcome)
-    hosts.barrier(f"{stage} is done")
+    run.share(f"{stage} is done")
 
 
 def check_inputs(workdir: Path, stages: Mapping[str, Stage], to_do: Sequence[str]) -> None:
@@ -217,7 +223,7 @@ def check_space(run: Run, sections: Mapping[str, str]) -> None:
     """Refuse training stages, each with its section, for which the disk is too small.
 
     Beside the chosen student its successor is written, and beside two checkpoints (parameters and
-    two moments) the next one.
+    two moments) the next one, if not in a bucket.
 
     Raises:
         InputError: with what is needed and what there is.
@@ -229,7 +235,7 @@ def check_space(run: Run, sections: Mapping[str, str]) -> None:
         held = build.teacher_checkpoint if stage == "teacher_sft" else build.student_checkpoint
         leaves = jax.tree.leaves(abstract_params(held.config))
         model = 4 * sum(leaf.size for leaf in leaves)
-        states = min(3, (schedule.steps - 1) // schedule.save_every)
+        states = 0 if run.remote else min(3, (schedule.steps - 1) // schedule.save_every)
         need += model * (2 + 3 * states)
         there = run.folder(stage).rglob("*")
         have += sum(path.stat().st_size for path in there if path.is_file())

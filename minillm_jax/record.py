@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from minillm_jax.named import arrays_by_name, by_name
 from minillm_jax.types import InputError
@@ -69,9 +70,10 @@ def check(run: Any, where: str) -> dict[str, Any]:
     return run
 
 
-def steps(directory: Path) -> list[int]:
+def steps(directory: epath.PathLike) -> list[int]:
     """The steps of which a directory has a checkpoint, whole or not."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    found = epath.Path(directory).glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def adopt(directory: Path, settings: dict[str, Any]):

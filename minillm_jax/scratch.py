@@ -133,7 +133,8 @@ def model(spec: str, folder: Path) -> Path:
     key = jax.random.fold_in(jax.random.key(0), layers * width)
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    hf.save(part, config, jax.device_get(init_params(config, key)), hf_config)
+    params = jax.device_get(init_params(config, key))
+    hf.save(part, config, params, hf_config, everywhere=True)  # who finds none has his own disk
     true.save(part)
     part.rename(target)
     return target

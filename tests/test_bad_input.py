@@ -44,7 +44,7 @@ for word, says in (
     ("--nonsense", "no flag --nonsense: --help lists those there are"),
     ("--stages=distil", "no stage 'distil': choose from teacher_answers, student_sft"),
     ("--stages=distill", "needs the output of student_sft: add it, --stages=stud"),
-    ("--workdir=gs://bucket/run", "--workdir=gs://bucket/run is in a bucket: give a folder"),
+    ("--workdir=gs://bucket", "--workdir=gs://bucket: give a folder, or gs://BUCKET/PATH"),
     ("surplus", "'surplus' is no flag: write --flag=value"),
 ):  # fmt: skip
     case(f"word {word}", [word], says)

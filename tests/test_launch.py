@@ -270,6 +270,8 @@ def test_tpu_dry_run_calls_nothing(environ, tmp_path):
     (main,) = [line for line in lines if "minillm_jax.main" in line]
     assert "--worker=all" in main and "MINILLM_DISTRIBUTED=auto" in main
     assert r"--config configs/a\\ b.py --workdir w" in main
+    (install,) = [line for line in lines if "requirements.txt" in line]
+    assert "gcsfs" in install and "mount" not in install  # a bucket needs no share
 
 
 def test_jobset():
@@ -284,6 +286,7 @@ def test_jobset():
     assert container["command"] == ["python", "-m", "minillm_jax.main"]
     assert {"name": "MINILLM_STOP_CODE", "value": "75"} in container["env"]
     assert pod["terminationGracePeriodSeconds"] > 20
+    assert container["args"][1].startswith("--workdir=gs://") and "volumes" not in pod
     config = container["args"][0].removeprefix("--config=")
     assert (ROOT / config).is_file()
     assert {"name": "MINILLM_DISTRIBUTED", "value": "auto"} in [

@@ -18,8 +18,8 @@ LAYERS = (
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},
     {
-        "pipeline", "comparison", "replay", "workdir", "stages", "build", "assemble", "dataset",
-        "recipe", "scratch", "check", "geometry", "trainer", "checkpoint", "record", "memory",
+        "pipeline", "comparison", "replay", "workdir", "bucket", "stages", "build", "assemble",
+        "dataset", "recipe", "scratch", "check", "geometry", "trainer", "checkpoint", "record", "memory",
         "modelfiles", "named", "planning",
     },
     {"main", "compare", "plan", "generate", "export", "evaluate", "judge", "program"},

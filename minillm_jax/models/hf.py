@@ -80,11 +80,13 @@ def save(
     config: DecoderConfig,
     params: Params,
     hf_config: Mapping[str, Any],
+    *,
+    everywhere: bool = False,
 ) -> None:
     """Write `params` as a folder that transformers loads; it appears complete or not at all.
 
     The parameters may be on devices: the host holds one leaf of them and one file's tensors. Of
-    several processes, all of which must call this, the first writes.
+    several processes, all of which must call this, the first writes; or with `everywhere` each one.
     `hf_config` is that of the checkpoint the parameters come from. Raises `InputError` when it
     does not describe `config`, when `path` exists with anything in it, and when the disk is full.
     """
@@ -96,14 +98,15 @@ def save(
         described = family.read(hf_config)
     if described != config:
         raise InputError(f"cannot write {path}: its config.json would describe another model")
-    if hosts.is_main() and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    writes = everywhere or hosts.is_main()
+    if writes and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         # Where nothing is to be gathered the first may have written before another one is here.
         raise InputError(f"{path} is there already and not empty; remove it or choose another")
     hf_config.pop("dtype", None)
     hf_config["torch_dtype"] = str(jax.tree.leaves(params)[0].dtype)  # read by 4.x and 5.x
     hf_config["architectures"] = [family.architecture]
     tensors = disassemble(config, params, family)
-    if not hosts.is_main():
+    if not writes:
         return collections.deque(tensors, 0).clear()  # takes part in gathering them
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

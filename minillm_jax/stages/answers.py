@@ -19,6 +19,7 @@ from minillm_jax.stages import Outcome, Run
 from minillm_jax.types import Sequences
 
 Answered = tuple[Sequences, int]  # a batch, and how many of its rows are real
+PUSHED_EVERY = 30.0  # seconds between two uploads of answers, where the run is in a bucket
 
 
 def respond(
@@ -74,6 +75,7 @@ def _respond(
         return [dict(zip(names, row, strict=True)) for row in zip(*ids, strict=True)]
 
     for ((batch, real, _), _), rows in zip(batches, in_batches(file, batches, work), strict=True):
+        run.keep(every=PUSHED_EVERY)
         yield [_filled(run, batch, [row[name] for row in rows]) for name in names], real
 
 
@@ -194,6 +196,7 @@ def teacher_answers(run: Run) -> Outcome:
     file = run.folder("teacher_answers") / "answers.jsonl"
     with Progress("teacher_answers", sum(map(len, asked.values()))) as bar:
         for rows in in_batches(file, batches, work):
+            run.keep(every=PUSHED_EVERY)
             done += len(rows)
             written = sum(len(row["tokens"]) for row in rows)
             tokens += written

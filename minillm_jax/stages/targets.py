@@ -21,7 +21,7 @@ from minillm_jax.reporting.progress import Progress
 from minillm_jax.rollout import Taught, response_states
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Outcome, Run
-from minillm_jax.stages.answers import answered
+from minillm_jax.stages.answers import PUSHED_EVERY, answered
 from minillm_jax.types import Params, Sequences
 
 
@@ -36,6 +36,7 @@ def teacher_targets(run: Run) -> Outcome:
             kept, mask = read(teacher.params, batch), batch.response_mask
             if hosts.is_main():
                 targets.write(index, [kept[row][mask[row]] for row in range(real)])
+            run.keep(every=PUSHED_EVERY)
             written = int(mask[:real].sum())
             tokens += written
             bar.update(done, tokens=written)

@@ -65,7 +65,7 @@ def train(
     in order: a checkpoint of this stage; else `start`. It ends once
     `tokens` have been read.
     """
-    build, folder = run.build, run.folder(stage)
+    build = run.build
     schedule = build.schedule(section)
     optimizer, _ = build.optimizer(section)
     print(f"{stage}: {in_words(build, section)}", file=hosts.log())
@@ -74,7 +74,7 @@ def train(
     settings = {"stage": stage, "config": own_settings(build.config.to_dict())}
     # A CPU has one memory: a copy for the writer would be a second state in it.
     writing = {"keep": 2, "background": jax.default_backend() != "cpu"}
-    with Checkpoints(folder / "checkpoints", settings, **writing) as checkpoints:
+    with Checkpoints(run.checkpoints(stage), settings, **writing) as checkpoints:
         buffer = _abstract_rollout(build, method, abstract, frozen, batches)
         restored = checkpoints.restore(abstract, buffer=buffer)
         keep = f"valid_{build.config[section].keep}"
@@ -150,6 +150,8 @@ class _Stage:
             self.rows = sum(row["step"] <= restored.step for row in rows)
         for row in self.run.metrics.rows(self.stage)[: self.rows]:  # what was warned of already
             self.warnings += len(self.watch.add(row["step"], row))
+        if not self.run.model(self.stage).exists():  # cut off on its way into a bucket
+            self.best = None
         return extra["evaluated"]
 
     def write(self, step, values, times=None):
@@ -186,6 +188,7 @@ class _Stage:
     def save(self, step, state, rollout, evaluated):
         extra = {"tokens": self.tokens, "best": self.best}
         extra |= {"rows": self.rows, "evaluated": evaluated}
+        self.run.keep()  # the rows and the model of which this checkpoint will speak
         self.checkpoints.save(step, state, extra, buffer=rollout)
 
     def keep_skipped(self, step, batch):

@@ -1,0 +1,291 @@
+"""A work directory in a bucket: whole runs on empty disks, what is whole, the lock, refusals."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import pytest
+
+from minillm_jax import bucket
+from minillm_jax.bucket import Bucket
+from minillm_jax.checkpoint import Checkpoints
+from minillm_jax.types import InputError
+from tests.gcs_server import Server
+from tests.test_processes import run, same
+from tests.toy_run import command, one_device, write_config
+
+if importlib.util.find_spec("gcsfs") is None:  # not imported before the variables are set
+    pytest.skip("needs pip install gcsfs", allow_module_level=True)
+
+# How ml_collections imports a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(load_module|exec_module):DeprecationWarning")
+
+ROOT = Path(__file__).parents[1]
+# Before anything else in a process: it ends if it asks for another host.
+LOOPBACK_ONLY = """
+import os, sys
+def stay(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        host = args[0] if event == "socket.getaddrinfo" else args[1][0]
+        if host not in (None, "", "localhost", "127.0.0.1", "::1", 0, 47):
+            os.write(2, f"asked for {args}".encode())
+            os._exit(99)
+sys.addaudithook(stay)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The toy experiment."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_config(folder)
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(LOOPBACK_ONLY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def storage():
+    """The bucket of this module, for this process and those it starts."""
+    with Server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environ().items():
+            patch.setenv(name, value)
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        yield server
+
+
+@pytest.fixture
+def url(storage, request, monkeypatch, tmp_path):
+    """A place of its own for each test; `tmp_path` is the disk."""
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
+    yield f"gs://bucket/{request.node.name}"
+    storage.refused.clear()
+
+
+def names(storage: Server, url: str) -> list[str]:
+    start = url.removeprefix("gs://bucket/") + "/"
+    return [name.removeprefix(start) for name in storage.names(start)]
+
+
+def copied(storage: Server, url: str, folder: Path) -> Path:
+    """The bucket as a folder."""
+    for name in names(storage, url):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(storage.objects[f"{url.removeprefix('gs://bucket/')}/{name}"][0])
+    return folder
+
+
+def test_a_run_goes_on_from_its_bucket_on_empty_disks(storage, folder, tmp_path):
+    url = "gs://bucket/lost/run"
+    environ = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{folder / 'site'}",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    ((code, _, error),) = run(folder, tmp_path / "alone", 1, **environ)
+    assert code == 0, error
+    disks = [tmp_path / "first", tmp_path / "second"]
+    ended = run(folder, url, 2, **environ, MINILLM_CACHE=str(disks[0]), KILL_AT="distill/2")
+    assert [code for code, *_ in ended] == [-signal.SIGKILL] * 2, ended[0][2] + ended[1][2]
+    images = disks[0] / "runs" / quote("bucket/lost/run", safe="")
+    assert sorted(path.name for path in images.iterdir()) == ["0", "1"]
+    assert not list(images.rglob("checkpoints"))
+    there = names(storage, url)
+    assert "lock" in there and "stages/distill/model/config.json" in there
+    assert "stages/distill/checkpoints/2/commit_success.txt" in there
+    ((code, _, error),) = run(folder, url, 1, **environ, MINILLM_CACHE=str(disks[1]))
+    assert code == 0 and "student_sft: done" in error, error
+    assert f"report: {url}/report.html" in error
+    same(copied(storage, url, tmp_path / "copy"), tmp_path / "alone")
+    assert "lock" not in names(storage, url) and "report.html" in names(storage, url)
+
+
+def state(value):
+    return {"x": jnp.full((8,), value, jnp.float32)}
+
+
+@pytest.mark.usefixtures("storage")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_checkpoints_in_a_bucket_are_whole_or_set_aside_or_not_there(url, storage):
+    abstract = {"x": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    start = f"{url.removeprefix('gs://bucket/')}/c/"
+    Bucket(url)  # no listing is kept
+    with Checkpoints(f"{url}/c", {}) as checkpoints:
+        assert checkpoints.restore(abstract) is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step))
+    assert {name.split("/")[1] for name in names(storage, url)} == {"2", "3"}
+    del storage.objects[f"{start}3/commit_success.txt"]  # as a kill before the end leaves it
+    with Checkpoints(f"{url}/c", {}) as checkpoints:
+        assert (found := checkpoints.restore(abstract)) and found.step == 2
+        storage.refused.add("POST")
+        with pytest.raises(InputError, match=r"cannot write a checkpoint in gs://.*no permission"):
+            checkpoints.save(3, state(4))
+            checkpoints.wait()
+        storage.refused.clear()
+        checkpoints.save(3, state(4))
+        checkpoints.wait()
+        data = next(name for name in storage.names(f"{start}3/state/") if "/d/" in name)
+        storage.write(data, storage.objects[data][0][:-9])
+    with Checkpoints(f"{url}/c", {}) as checkpoints:
+        restored = checkpoints.restore(abstract)
+        assert restored and restored.step == 2 and (restored.state["x"] == 2).all()
+        assert {"unreadable-3", "2"} == {name.split("/")[1] for name in names(storage, url)}
+
+
+def fill(image: Path, **files: str) -> None:
+    """Write files: `a__b` is a/b."""
+    for name, text in files.items():
+        path = image / name.replace("__", "/").replace("_JSON", ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_what_says_that_others_are_whole_comes_last_and_goes_first(url, storage, tmp_path):
+    here, there = Bucket(url, tmp_path / "a"), Bucket(url, tmp_path / "b")
+    model = "stages/s/model/"
+    fill(here.image, stages__s__done_JSON="1", stages__s__model__config_JSON="1")
+    fill(here.image, stages__s__model__weights="1", stages__s__rows="1", lock="", z="1")
+    fill(here.image, stages__s__model_old="no")
+    (here.image / "stages/s/model_old").rename(here.image / "half.tmp")
+    begin = len(storage.calls)
+
+    def calls():
+        start = len(url) - len("gs://bucket/") + 1
+        return [(verb, name[start:]) for verb, name in storage.calls[begin:]]
+
+    here.push()
+    order = [name for _, name in calls()]
+    assert order[-2:] == [f"{model}config.json", "stages/s/done.json"]
+    assert sorted(order[:-2]) == [f"{model}weights", "stages/s/rows", "z"]
+    there.pull()
+    assert sorted(there._here()) == sorted(order)
+
+    begin = len(storage.calls)
+    (here.image / "stages/s/done.json").unlink()
+    (here.image / "z").unlink()
+    fill(here.image, stages__s__model__weights="22")
+    storage.refused.add("POST")  # as a kill after the first of two steps
+    with pytest.raises(InputError, match=r"cannot be written \(.*no permission.*check its name"):
+        here.push()
+    first, *rest = calls()
+    assert first == ("delete", "stages/s/done.json")
+    assert sorted(rest) == [("delete", f"{model}config.json"), ("delete", "z")]
+    there.pull()
+    assert not (there.image / model).exists() and (there.image / "stages/s/rows").exists()
+    storage.refused.clear()
+    here.push()
+    there.pull()
+    assert (there.image / model / "weights").read_text() == "22"
+    assert (there.image / model / "config.json").exists()
+    begin = len(storage.calls)
+    here.push()
+    assert not calls()
+
+
+def put_lock(storage: Server, url: str, **holder) -> None:
+    storage.write(f"{url.removeprefix('gs://bucket/')}/lock", json.dumps(holder).encode())
+
+
+def test_a_bucket_has_one_run_at_a_time(url, storage, monkeypatch, capsys):
+    monkeypatch.setattr(bucket, "SILENCE", 0.6)
+    monkeypatch.setattr(bucket, "_BEAT", 0.1)
+    with Bucket(url).claimed():
+        monkeypatch.setattr("os.getpid", lambda: 1)  # another one of this host, which is alive
+        with pytest.raises(InputError, match=r"is in use by process \d+ on .*: wait for that run"):
+            with Bucket(url).claimed():
+                pass
+    assert names(storage, url) == []
+    put_lock(storage, url, host="elsewhere", pid=7)
+    with Bucket(url).claimed():
+        assert "is its run on elsewhere over?" in capsys.readouterr().err
+        ended: list[int] = []
+        monkeypatch.setattr("os._exit", ended.append)
+        put_lock(storage, url, host="elsewhere", pid=7)
+        while not ended:
+            time.sleep(0.05)
+    assert ended[0] == 2 and "was taken over by another run" in capsys.readouterr().err
+
+
+def test_the_lock_of_a_dead_process_of_this_host_is_none(url, storage):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    put_lock(storage, url, host=socket.gethostname(), pid=process.pid)
+    with Bucket(url).claimed():
+        assert names(storage, url) == ["lock"]
+
+
+REFUSED = {
+    "no permission": ("gs://bucket/run", {"POST"}, "gs://bucket/run cannot be written (Forbidden"),
+    "no reading": ("gs://bucket/run", {"GET"}, "gs://bucket/run cannot be read (Forbidden"),
+    "no bucket": ("gs://other/run", set(), "gs://other/run cannot be written ("),
+    "no path": ("gs://bucket", set(), "--workdir=gs://bucket: give a folder, or gs://BUCKET/PATH"),
+    "no such kind": ("s3://bucket/run", set(), "give a folder, or gs://BUCKET/PATH"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bucket_that_cannot_be_used_is_a_line(case, url, storage, folder, monkeypatch, capsys):
+    del url  # but the disk it gives
+    where, storage.refused, says = REFUSED[case]
+    one_device(monkeypatch)
+    begin = len(storage.calls)
+    code = command(monkeypatch, "main", f"--config={folder / 'toy.py'}", "--workdir", where)
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert code == 2 and not out and line.startswith("error: ") and says in line
+    storage.refused.clear()
+    # Where only reading is forbidden the lock was made, and is gone again.
+    assert {name for _, name in storage.calls[begin:]} <= {"run/lock"}
+    assert not storage.names("run/")
+
+
+def test_what_buckets_cannot_is_said(url, folder, monkeypatch, capsys):
+    config = f"--config={folder / 'toy.py'}"
+    for name, words, says in (
+        ("main", ["--workdir", url, "--fork", "runs/x"], "gcloud storage cp -r gs://BUCKET/PATH"),
+        (
+            "main",
+            ["--workdir", "runs/y", "--fork", url],
+            "--fork and its --workdir must be folders",
+        ),
+        (
+            "compare",
+            ["--workdir", url, "--methods=sft"],
+            f"--workdir={url}: compare needs a folder",
+        ),
+    ):
+        assert command(monkeypatch, name, config, *words) == 2
+        assert says in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    fsspec.registry._registry.pop("gcs", None)
+    assert command(monkeypatch, "main", config, "--workdir", url) == 2
+    assert "needs gcsfs: pip install gcsfs" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_what_is_done_and_writes_nothing(
+    url, storage, folder, tmp_path, monkeypatch, capsys
+):
+    done = {"inputs": {}, "finished": "then", "tokens": 1, "updates": 0, "seconds": 1.0}
+    start = url.removeprefix("gs://bucket/")
+    storage.write(f"{start}/stages/teacher_answers/done.json", json.dumps(done).encode())
+    begin = len(storage.calls)
+    one_device(monkeypatch)
+    words = [f"--config={folder / 'toy.py'}", "--workdir", url, "--dry_run"]
+    assert command(monkeypatch, "main", *words) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["workdir"] == url
+    states = {one["stage"]: one["state"] for one in described["stages"]}
+    assert (states["teacher_answers"], states["student_sft"]) == ("done", "to do")
+    assert len(storage.calls) == begin and not (tmp_path / "runs").exists()

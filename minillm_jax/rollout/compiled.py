@@ -1,7 +1,7 @@
 """How the programs of decoding are compiled: on a CPU not as all others are.
 
 A decoding step multiplies a few rows by every kernel. XLA hands the products of a CPU to YNNPACK,
-Eigen's were faster for 8 and 32 rows (benchmarks/README.md), while reductions are faster with
+and Eigen's were faster for 8 and 32 rows (benchmarks/README.md), while reductions are faster with
 YNNPACK. So decoding asks for YNNPACK in reductions alone. On an accelerator nothing changes.
 """
 

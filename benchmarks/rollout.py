@@ -1,7 +1,8 @@
 """What a collection costs: decoding against the bound of this machine, the teacher's share, the
-schedule of the reference.
+schedule of the reference, and what rows cost that end early.
 
     python -m benchmarks.rollout --json rollout.json
+    python -m benchmarks.rollout --parts steps --rows 128
 
 1. Seconds of one decoding step of the teacher, and its bound: the larger of the bytes that must
    move (weights, cache) over the bandwidth and of the products over the matmul rate, both measured
@@ -10,8 +11,10 @@ schedule of the reference.
 3. A collection against the schedule of the reference in the same code: mixed sampling with a step
    of the teacher at every token, a second generation by the student, and six passes that score the
    result, three by each model.
+4. Answers as long as those of dolly, up to `--longest` tokens, by `generate_shrinking` against the
+   same loop for as many rows that all fill their slots.
 
-No response ends before its last slot.
+In the first three no response ends before its last slot.
 """
 
 import argparse
@@ -20,43 +23,77 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import pair as models
 from benchmarks.timing import bandwidth, in_turn, machine, matmul_rate, ratio
 from minillm_jax.models import DecoderConfig, head
 from minillm_jax.objectives import vocab
 from minillm_jax.reporting.writers import write_json
-from minillm_jax.rollout import Mixing, Warp, collect, generate, response_states
+from minillm_jax.rollout import (
+    Mixing,
+    Warp,
+    collect,
+    generate,
+    generate_shrinking,
+    response_states,
+)
 
 ALPHA, CHUNK = 0.2, 6
+PARTS = ("steps", "collection", "early")
+# Tokens of the answers of databricks-dolly-15k's training rows by SmolLM2's tokenizer, the end
+# included: the quantiles (i + 1/2) / 32.
+DOLLY = (
+    3, 6, 9, 11, 13, 15, 17, 20, 23, 25, 28, 31, 33, 37, 40, 44, 48, 53, 58, 64, 70, 77, 84, 92,
+    101, 112, 126, 143, 168, 204, 275, 473,
+)  # fmt: skip
 
 
 def main() -> None:
-    """Measure the three and print the tables."""
+    """Measure what is asked for and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     models.add_options(parser)
     parser.add_argument("--rows", default="1,8,32", help="batch sizes of decoding")
-    parser.add_argument("--batch", type=int, default=32, help="responses of a collection")
+    parser.add_argument("--batch", type=int, default=32, help="responses of the other parts")
+    parser.add_argument("--longest", type=int, default=256, help="slots of answers that end early")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
     asked = parser.parse_args()
-    pair = models.load(asked)
+    parts = asked.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts {unknown.pop()}: choose of {', '.join(PARTS)}")
+    pair, found = models.load(asked), machine()
+    if "steps" in parts:
+        found |= steps(pair, asked)
+    if "collection" in parts:
+        found["collection"] = one = collection(pair, asked)
+        for name, value in one["seconds"].items():
+            print(f"{name}: {value:.1f} s")
+        print(f"price of the teacher at alpha {ALPHA}: {one['price']:.2f} of teacher-only decoding")
+        print(f"the reference's schedule: {one['against_reference']:.1f} times ours", flush=True)
+    if "early" in parts:
+        found["early"] = one = early_ending(pair, asked)
+        print(
+            f"{asked.batch} answers of {one['tokens']} tokens in {asked.longest} slots each:"
+            f" {one['fixed']:.1f} s with all slots, {one['shrinking']:.1f} s as rows leave:"
+            f" {one['ratio']:.2f} times"
+        )
+    if asked.json:
+        write_json(asked.json, found)
+
+
+def steps(pair: models.Pair, asked: argparse.Namespace) -> dict:
+    """A decoding step by batch size, against the bound; prints a table."""
     rate, bytes_per_s = matmul_rate(jnp.dtype(asked.dtype)), bandwidth()
     print(f"matmul {rate / 1e9:.0f} GFLOP/s, memory {bytes_per_s / 1e9:.1f} GB/s")
-    steps = []
+    found = []
     print("| rows | ms per step | bound | of the bound |\n|---|---|---|---|")
     for rows in map(int, asked.rows.split(",")):
         seconds = step_seconds(pair, rows, asked)
         bound = step_bound(pair.teacher, pair.teacher_params, rows, asked, rate, bytes_per_s)
-        steps.append({"rows": rows, "seconds": seconds, "bound": bound})
+        found.append({"rows": rows, "seconds": seconds, "bound": bound})
         share = f"{100 * bound / seconds:.0f} %"
         print(f"| {rows} | {1e3 * seconds:.0f} | {1e3 * bound:.0f} | {share} |", flush=True)
-    found = collection(pair, asked)
-    for name, value in found["seconds"].items():
-        print(f"{name}: {value:.1f} s")
-    print(f"price of the teacher at alpha {ALPHA}: {found['price']:.2f} of teacher-only decoding")
-    print(f"the reference's schedule: {found['against_reference']:.1f} times ours")
-    if asked.json:
-        measured = {"matmul_flops_per_s": rate, "bytes_per_s": bytes_per_s}
-        write_json(asked.json, machine() | measured | {"steps": steps, "collection": found})
+    return {"matmul_flops_per_s": rate, "bytes_per_s": bytes_per_s, "steps": found}
 
 
 def _sampler(config: DecoderConfig, params, given, slots: int, pair: models.Pair):
@@ -134,6 +171,29 @@ def collection(pair: models.Pair, asked: argparse.Namespace) -> dict:
         "price": ratio(extra, seconds["teacher alone"]),
         "against_reference": ratio(seconds["reference"], seconds["collection"]),
     }
+
+
+def early_ending(pair: models.Pair, asked: argparse.Namespace) -> dict:
+    """Seconds of the teacher's answers that are as long as dolly's, and of as many full ones."""
+    given = models.prompts(asked.batch, asked.prompt, pair.vocab)
+    places = (np.arange(asked.batch) + 0.5) / asked.batch
+    lengths = np.interp(places, (np.arange(len(DOLLY)) + 0.5) / len(DOLLY), DOLLY)
+    lengths = np.minimum(lengths.round().astype(np.int32), asked.longest)
+    lengths = np.random.default_rng(0).permutation(lengths)
+    model = pair.teacher, pair.teacher_params
+    options = {"warp": Warp(), "eos_id": pair.vocab, "pad_id": 0, "vocab": pair.vocab}
+
+    def answers(limits):
+        return generate_shrinking(
+            *model, given.prompt, given.prompt_mask, jax.random.key(2), slots=asked.longest,
+            limits=jnp.asarray(limits), **options,
+        )  # fmt: skip
+
+    full = np.full_like(lengths, asked.longest)
+    seconds = in_turn({"fixed": lambda: answers(full), "shrinking": lambda: answers(lengths)}, 1)
+    fixed, shrinking = (seconds[name][0] for name in ("fixed", "shrinking"))
+    tokens = int(lengths.sum())
+    return {"tokens": tokens, "fixed": fixed, "shrinking": shrinking, "ratio": fixed / shrinking}
 
 
 @partial(jax.jit, static_argnames="config")

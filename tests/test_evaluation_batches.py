@@ -19,7 +19,7 @@ def judged(tmp_path, monkeypatch):
     def judge(devices):
         one_device(monkeypatch, devices)
         seen = set()
-        for module, name in ((answers, "generate"), (measures.divergence, "sums")):
+        for module, name in ((answers, "generate_shrinking"), (measures.divergence, "sums")):
             call = getattr(module, name)
 
             def spy(*args, call=call, **options):
@@ -38,7 +38,7 @@ def judged(tmp_path, monkeypatch):
         monkeypatch.undo()
         return answers.texts_of(run, batches), found, seen
 
-    generate = answers.generate
+    generate = answers.generate_shrinking
     return judge
 
 
@@ -64,7 +64,7 @@ def test_the_teacher_answers_so_many_prompts_at_a_time(tmp_path, monkeypatch):
         sizes.append(len(prompt))
         return generate(config, params, prompt, *args, **options)
 
-    monkeypatch.setattr(answers, "generate", spy)
+    monkeypatch.setattr(answers, "generate_shrinking", spy)
     with MetricsWriter(tmp_path) as metrics:
         answers.teacher_answers(Run(Builder(config), tmp_path, metrics))
     assert sizes == [3, 3, 3, 2, 2]  # 8, 2 and 2 prompts

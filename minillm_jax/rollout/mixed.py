@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from minillm_jax.models import DecoderConfig, extend, head, init_cache, logits, unstack
+from minillm_jax.rollout.compiled import decoding
 from minillm_jax.rollout.warp import draw
 from minillm_jax.types import Params, Sequences
 
@@ -62,7 +63,7 @@ class Mixing:
     dtype: str = "float32"
 
 
-@partial(jax.jit, static_argnames=("student", "teacher", "mixing"))
+@decoding(static_argnames=("student", "teacher", "mixing"))
 def collect(
     student: DecoderConfig,
     teacher: DecoderConfig,

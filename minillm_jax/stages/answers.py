@@ -13,7 +13,7 @@ from minillm_jax.dataset import SPLITS
 from minillm_jax.modelfiles import Model
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import RowLog, jsonable, read_rows, write_rows
-from minillm_jax.rollout import Warp, generate
+from minillm_jax.rollout import Warp, generate_shrinking
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.types import Sequences
@@ -94,14 +94,14 @@ def answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequence
     """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
     options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
     ids, real = place((batch.prompt, batch.prompt_mask), batch_sharding(run.build.mesh))
-    options["with_greedy"] = with_greedy
-    found = generate(model.config, model.params, ids, real, key, **options)
+    options |= {"with_greedy": with_greedy, "ways": run.build.ways}
+    found = generate_shrinking(model.config, model.params, ids, real, key, **options)
     times = 1 + with_greedy
     return Sequences(
         prompt=np.tile(batch.prompt, (times, 1)),
         prompt_mask=np.tile(batch.prompt_mask, (times, 1)),
-        response=hosts.fetch(found.tokens),
-        response_mask=hosts.fetch(found.mask) & np.tile(counted, times)[:, None],
+        response=np.asarray(found.tokens),
+        response_mask=np.asarray(found.mask) & np.tile(counted, times)[:, None],
     )
 
 

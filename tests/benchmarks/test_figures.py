@@ -44,7 +44,7 @@ def test_loss(figures, capsys):
 
 
 def test_rollout(figures, capsys):
-    found = figures(rollout, *SIZES, "--rows=1,2", "--batch=2")
+    found = figures(rollout, *SIZES, "--rows=1,2", "--batch=2", "--longest=99")
     assert [one["rows"] for one in found["steps"]] == [1, 2]
     # On made-up rates: 2 rows are bound by bytes where memory is slow, by products where it is not.
     config, params = toy(0, vocab=40)
@@ -56,6 +56,8 @@ def test_rollout(figures, capsys):
     attention = 2 * 2 * 2 * 4 * 9 * 4  # scores and sums, layers, rows, heads, slots, width
     assert rollout.step_bound(config, params, 2, asked, 1.0, 1e30) == 2 * (2 * matrices + attention)
     assert found["collection"]["against_reference"] > 0
+    early = found["early"]
+    assert early["tokens"] == 22 + 99 and early["ratio"] == early["fixed"] / early["shrinking"] > 0
     assert "the reference's schedule" in capsys.readouterr().out
 
 

@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from minillm_jax.models import head, hidden_states, logits
-from minillm_jax.rollout import Response, Warp, generate
+from minillm_jax.rollout import Response, Warp, generate, generate_shrinking, shrinking
 from tests.toy_models import prompts, toy
 
 VOCAB, EOS = 7, 0
@@ -16,6 +17,23 @@ def answer(prompt, mask, *, warp=GREEDY, slots=12, key=0, vocab=VOCAB, eos=EOS, 
         CONFIG, PARAMS, prompt, mask, jax.random.key(key),
         slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=vocab, **more,
     )  # fmt: skip
+
+
+def shrunk(prompt, mask, monkeypatch, *, warp, slots=12, key=0, worth=0, eos=EOS, **more):
+    """The answer, and the sizes of the batches that went on without those that had ended."""
+    sizes, go_on = [], shrinking._next
+
+    def spy(config, weights, writing, **options):
+        sizes.append(len(writing.done))
+        return go_on(config, weights, writing, **options)
+
+    monkeypatch.setattr(shrinking, "_next", spy)
+    monkeypatch.setattr(shrinking, "WORTH", worth)
+    found = generate_shrinking(
+        CONFIG, PARAMS, prompt, mask, jax.random.key(key),
+        slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=VOCAB, **more,
+    )  # fmt: skip
+    return found, sizes
 
 
 def scores(prompt, mask, found):
@@ -107,3 +125,29 @@ def test_ban_leaves_no_repeated_ngram():
         grams = list(zip(text, text[1:], strict=False))
         fresh = grams[int(real.sum()) - 1 :]
         assert all(gram not in grams[: len(grams) - len(fresh) + i] for i, gram in enumerate(fresh))
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_answers_stay_the_same_where_rows_that_ended_leave_the_batch(greedy, monkeypatch):
+    prompt, mask = prompts(16, 5, VOCAB)
+    mask = mask.at[3].set(False)  # a row that only fills the batch
+    warp = Warp(no_repeat_ngram=3)
+    plain = answer(prompt, mask, warp=warp, key=4, with_greedy=greedy)
+    found, sizes = shrunk(prompt, mask, monkeypatch, warp=warp, key=4, with_greedy=greedy)
+    assert sizes and sizes == sorted(set(sizes), reverse=True)
+    assert set(sizes) <= {1, 2, 4, 8, 16}
+    for name in ("tokens", "mask"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
+
+
+def test_a_batch_is_halved_only_where_it_is_worth_while(monkeypatch):
+    prompt, mask = prompts(16, 5, VOCAB)
+    limits = jnp.where(jnp.arange(16) < 14, 3, 10)
+    for worth, ways, expected in ((8, 1, [2]), (9, 1, []), (8, 2, [2]), (8, 4, [4]), (8, 16, [])):
+        more = {"worth": worth, "ways": ways, "limits": limits, "eos": -1}
+        found, sizes = shrunk(prompt, mask, monkeypatch, warp=GREEDY, **more)
+        assert sizes == expected
+        plain = answer(prompt, mask, eos=-1)
+        cut = plain.mask & (jnp.arange(12)[None] < limits[:, None])
+        np.testing.assert_array_equal(found.mask, cut)
+        np.testing.assert_array_equal(found.tokens, jnp.where(cut, plain.tokens, EOS))

@@ -32,6 +32,7 @@ from urllib.parse import quote
 
 import fsspec
 import jax
+from fsspec.config import conf
 
 from minillm_jax import hosts, stopping
 from minillm_jax.types import InputError
@@ -44,8 +45,7 @@ _CURE = "check its name, your credentials and your role on it (storage.objectUse
 class Bucket:
     """The run at `url`, and `image`, the folder in which it is read and written.
 
-    Nothing is asked of the bucket yet. Raises `InputError` for another kind of URL, or where
-    gcsfs is missing.
+    Raises `InputError` for another kind of URL, or where gcsfs is missing; asks nothing yet.
     """
 
     def __init__(self, url: str, image: Path | None = None):
@@ -170,18 +170,15 @@ class Bucket:
         here: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
         mine = json.dumps(here | {"start": time.time()}).encode()
         while True:
-            with self._one_line("written"):
-                try:
-                    self._objects.pipe_file(path, mine, mode="create")  # of two one succeeds
-                    break
-                except FileExistsError:
-                    pass
+            with self._one_line("written"), contextlib.suppress(FileExistsError):
+                self._objects.pipe_file(path, mine, mode="create")  # of two one succeeds
+                break
             if holder := self._alive(path, here):
                 raise InputError(
                     f"{self.url} is in use by process {holder.get('pid')} on {holder.get('host')}: "
                     "wait for that run, end it, or give another --workdir"
                 )
-            self.remove("lock")
+            self._unlock(path)
         ended = threading.Event()
         beat = threading.Thread(target=self._beat, args=(path, mine, ended), daemon=True)
         beat.start()
@@ -191,7 +188,12 @@ class Bucket:
             ended.set()
             beat.join()
             with contextlib.suppress(InputError):
-                self.remove("lock")
+                self._unlock(path)
+
+    def _unlock(self, path: str) -> None:
+        """Remove the lock, asking for no listing: where reading is forbidden it goes as well."""
+        with self._one_line("written"), contextlib.suppress(FileNotFoundError):
+            self._objects.rm_file(path)
 
     def _alive(self, path: str, here: dict[str, Any]) -> dict[str, Any]:
         """What the lock says of its run, nothing if that is over."""
@@ -273,7 +275,7 @@ def _together(work: Callable[[], Any]) -> None:
 def _file_system() -> Any:
     # What another process has written must not be hidden by a listing that is kept; Orbax comes
     # here through etils, so it is a setting of all.
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    conf.setdefault("gcs", {})["use_listings_cache"] = False
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of each refusal
     try:
         return fsspec.filesystem("gcs")

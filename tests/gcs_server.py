@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def _answer(self, code: int, body: bytes = b"", **headers: str) -> None:
+    def _answer(self, code: int, body: bytes = b"", **headers) -> None:
         self.send_response(code)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
             first = int(found[1])
             last = min(int(found[2] or len(data)), len(data) - 1)
             if first >= len(data):
-                return self._answer(416, **headers)
+                return self._answer(416, b"", **headers)
             headers["Content_Range"] = f"bytes {first}-{last}/{len(data)}"
             return self._answer(206, data[first : last + 1], **headers)
         return self._answer(200, data, **headers)

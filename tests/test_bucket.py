@@ -1,27 +1,23 @@
-"""A work directory in a bucket: whole runs on empty disks, what is whole, the lock, refusals."""
+"""A work directory in a bucket: what is whole, the lock, refusals."""
 
 import importlib.util
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.parse import quote
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import pytest
+from fsspec.config import conf
 
 from minillm_jax import bucket
 from minillm_jax.bucket import Bucket
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.types import InputError
 from tests.gcs_server import Server
-from tests.test_processes import run, same
 from tests.toy_run import command, one_device, write_config
 
 if importlib.util.find_spec("gcsfs") is None:  # not imported before the variables are set
@@ -31,17 +27,6 @@ if importlib.util.find_spec("gcsfs") is None:  # not imported before the variabl
 pytestmark = pytest.mark.filterwarnings("ignore:.*(load_module|exec_module):DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
-# Before anything else in a process: it ends if it asks for another host.
-LOOPBACK_ONLY = """
-import os, sys
-def stay(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo"):
-        host = args[0] if event == "socket.getaddrinfo" else args[1][0]
-        if host not in (None, "", "localhost", "127.0.0.1", "::1", 0, 47):
-            os.write(2, f"asked for {args}".encode())
-            os._exit(99)
-sys.addaudithook(stay)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +34,6 @@ def folder(tmp_path_factory):
     """The toy experiment."""
     folder = tmp_path_factory.mktemp("toy")
     write_config(folder)
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(LOOPBACK_ONLY)
     return folder
 
 
@@ -60,7 +43,7 @@ def storage():
     with Server() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environ().items():
             patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        patch.setitem(conf, "gcs", {"token": "anon"})
         yield server
 
 
@@ -75,40 +58,6 @@ def url(storage, request, monkeypatch, tmp_path):
 def names(storage: Server, url: str) -> list[str]:
     start = url.removeprefix("gs://bucket/") + "/"
     return [name.removeprefix(start) for name in storage.names(start)]
-
-
-def copied(storage: Server, url: str, folder: Path) -> Path:
-    """The bucket as a folder."""
-    for name in names(storage, url):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(storage.objects[f"{url.removeprefix('gs://bucket/')}/{name}"][0])
-    return folder
-
-
-def test_a_run_goes_on_from_its_bucket_on_empty_disks(storage, folder, tmp_path):
-    url = "gs://bucket/lost/run"
-    environ = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{folder / 'site'}",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    ((code, _, error),) = run(folder, tmp_path / "alone", 1, **environ)
-    assert code == 0, error
-    disks = [tmp_path / "first", tmp_path / "second"]
-    ended = run(folder, url, 2, **environ, MINILLM_CACHE=str(disks[0]), KILL_AT="distill/2")
-    assert [code for code, *_ in ended] == [-signal.SIGKILL] * 2, ended[0][2] + ended[1][2]
-    images = disks[0] / "runs" / quote("bucket/lost/run", safe="")
-    assert sorted(path.name for path in images.iterdir()) == ["0", "1"]
-    assert not list(images.rglob("checkpoints"))
-    there = names(storage, url)
-    assert "lock" in there and "stages/distill/model/config.json" in there
-    assert "stages/distill/checkpoints/2/commit_success.txt" in there
-    ((code, _, error),) = run(folder, url, 1, **environ, MINILLM_CACHE=str(disks[1]))
-    assert code == 0 and "student_sft: done" in error, error
-    assert f"report: {url}/report.html" in error
-    same(copied(storage, url, tmp_path / "copy"), tmp_path / "alone")
-    assert "lock" not in names(storage, url) and "report.html" in names(storage, url)
 
 
 def state(value):
@@ -130,7 +79,9 @@ def test_checkpoints_in_a_bucket_are_whole_or_set_aside_or_not_there(url, storag
     with Checkpoints(f"{url}/c", {}) as checkpoints:
         assert (found := checkpoints.restore(abstract)) and found.step == 2
         storage.refused.add("POST")
-        with pytest.raises(InputError, match=r"cannot write a checkpoint in gs://.*no permission"):
+        with pytest.raises(
+            InputError, match=r"cannot write a checkpoint in gs://.*(no permission|Forbidden)"
+        ):
             checkpoints.save(3, state(4))
             checkpoints.wait()
         storage.refused.clear()
@@ -202,7 +153,7 @@ def test_a_bucket_has_one_run_at_a_time(url, storage, monkeypatch, capsys):
     monkeypatch.setattr(bucket, "SILENCE", 0.6)
     monkeypatch.setattr(bucket, "_BEAT", 0.1)
     with Bucket(url).claimed():
-        monkeypatch.setattr("os.getpid", lambda: 1)  # another one of this host, which is alive
+        monkeypatch.setattr("socket.gethostname", lambda: "another")
         with pytest.raises(InputError, match=r"is in use by process \d+ on .*: wait for that run"):
             with Bucket(url).claimed():
                 pass
@@ -258,8 +209,9 @@ def test_what_buckets_cannot_is_said(url, folder, monkeypatch, capsys):
         (
             "main",
             ["--workdir", "runs/y", "--fork", url],
-            "--fork and its --workdir must be folders",
+            "--fork and its --workdir must be of folders",
         ),
+        ("main", ["--workdir", url, "--replay", "x.npz"], "--replay and its --workdir must be"),
         (
             "compare",
             ["--workdir", url, "--methods=sft"],
@@ -269,7 +221,7 @@ def test_what_buckets_cannot_is_said(url, folder, monkeypatch, capsys):
         assert command(monkeypatch, name, config, *words) == 2
         assert says in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    fsspec.registry._registry.pop("gcs", None)
+    sys.modules["fsspec.registry"]._registry.pop("gcs", None)
     assert command(monkeypatch, "main", config, "--workdir", url) == 2
     assert "needs gcsfs: pip install gcsfs" in capsys.readouterr().err
 

@@ -58,7 +58,7 @@ def test_the_teacher_answers_so_many_prompts_at_a_time(tmp_path, monkeypatch):
     one_device(monkeypatch)
     config = toy_config(tmp_path)
     config.answers.batch_size = 3
-    generate, sizes = answers.generate, []
+    generate, sizes = answers.generate_shrinking, []
 
     def spy(config, params, prompt, *args, **options):
         sizes.append(len(prompt))

@@ -19,8 +19,8 @@ LAYERS = (
     {"methods", "evaluation"},
     {
         "pipeline", "comparison", "replay", "workdir", "bucket", "stages", "build", "assemble",
-        "dataset", "recipe", "scratch", "check", "geometry", "trainer", "checkpoint", "record", "memory",
-        "modelfiles", "named", "planning",
+        "dataset", "recipe", "scratch", "check", "geometry", "trainer", "checkpoint", "record",
+        "memory", "modelfiles", "named", "planning",
     },
     {"main", "compare", "plan", "generate", "export", "evaluate", "judge", "program"},
 )  # fmt: skip

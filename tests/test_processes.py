@@ -1,5 +1,6 @@
 """Whole runs as several processes: the answers and losses of one, whoever goes on after a kill."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 
 from minillm_jax.models import hf
+from tests.gcs_server import Server
 from tests.toy_run import write_config
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +29,18 @@ QUICK = {
 
 SPLIT = ("--config.mesh.fsdp=2",)
 TRAIN = "--stages=teacher_answers,student_sft,distill"  # the evaluation of one process is `alone`'s
+
+# Before anything else in a process: it ends if it asks for another host.
+LOOPBACK_ONLY = """
+import os, sys
+def stay(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        host = args[0] if event == "socket.getaddrinfo" else args[1][0]
+        if host not in (None, "", "localhost", "127.0.0.1", "::1", 0, 47):
+            os.write(2, f"asked for {args}".encode())
+            os._exit(99)
+sys.addaudithook(stay)
+"""
 
 
 def start(folder, workdir, processes, *flags, **environ):
@@ -154,3 +169,30 @@ def test_one_of_two_is_told_to_end_and_then_one_dies_and_one_goes_on(folder, alo
     ((code, _, error),) = run(folder, workdir, 1, TRAIN)
     assert code == 0 and "student_sft: done" in error, error
     same(workdir, alone)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs pip install gcsfs")
+def test_two_with_a_disk_each_are_killed_and_one_goes_on_from_their_bucket(folder, alone, tmp_path):
+    url, disks = "gs://bucket/lost/run", [tmp_path / "first", tmp_path / "second"]
+    (tmp_path / "sitecustomize.py").write_text(LOOPBACK_ONLY)
+    with Server() as storage:
+        there = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"} | storage.environ()
+        lost = there | {"MINILLM_CACHE": str(disks[0]), "KILL_AT": "distill/2"}
+        ended = run(folder, url, 2, **lost)
+        assert [code for code, *_ in ended] == [-signal.SIGKILL] * 2, ended[0][2] + ended[1][2]
+        images = disks[0] / "runs" / quote("bucket/lost/run", safe="")
+        assert sorted(path.name for path in images.iterdir()) == ["0", "1"]
+        assert not list(images.rglob("checkpoints"))
+        names = storage.names("lost/run/")
+        assert {"lost/run/lock", "lost/run/stages/distill/model/config.json"} < set(names)
+        assert "lost/run/stages/distill/checkpoints/2/commit_success.txt" in names
+        ((code, _, error),) = run(folder, url, 1, **there, MINILLM_CACHE=str(disks[1]))
+        assert code == 0 and "student_sft: done" in error, error
+        assert f"report: {url}/report.html" in error
+        for name in storage.names("lost/run/"):
+            path = tmp_path / "copy" / name.removeprefix("lost/run/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(storage.objects[name][0])
+    same(tmp_path / "copy", alone)
+    assert (tmp_path / "copy" / "report.html").exists()
+    assert not (tmp_path / "copy" / "lock").exists()

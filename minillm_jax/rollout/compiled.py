@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
-def decoding(static_argnames: Sequence[str], donate_argnames: Sequence[str] = ()) -> Callable:
+def decoding(
+    static_argnames: Sequence[str], donate_argnames: Sequence[str] = ()
+) -> Callable[[Callable], Any]:
     """`jax.jit` for a decode loop, with the options of the platform; plain within another jit."""
 
     def decorate(function: Callable) -> Any:
@@ -32,7 +35,7 @@ def decoding(static_argnames: Sequence[str], donate_argnames: Sequence[str] = ()
         @functools.wraps(function)
         def call(*args, **kwargs):
             leaves = jax.tree.leaves((args, kwargs))
-            nested = any(isinstance(x, jax.core.Tracer) for x in leaves)
+            nested = any(isinstance(x, Tracer) for x in leaves)
             return (plain if nested else tuned())(*args, **kwargs)
 
         call.lower = plain.lower  # type: ignore[attr-defined]

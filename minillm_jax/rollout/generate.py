@@ -1,5 +1,6 @@
 """Generation from one model: the decode loop of evaluation, teacher answers and chat."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -19,15 +20,15 @@ from minillm_jax.models import (
 )
 from minillm_jax.rollout.compiled import decoding
 from minillm_jax.rollout.warp import Warp, best, choose, warped
-from minillm_jax.types import Params
+from minillm_jax.types import Array, Params
 
 
 @flax.struct.dataclass
 class Response:
     """Generated ids [B, N], right-padded, and their mask up to the first end of sequence."""
 
-    tokens: jax.Array
-    mask: jax.Array
+    tokens: Array
+    mask: Array
 
 
 @flax.struct.dataclass
@@ -118,7 +119,7 @@ def begin(
     if with_greedy:
         # Every leaf has the rows on axis 0, but for the index and `t` that they share.
         writing = jax.tree.map(lambda x: jnp.concatenate([x, x]) if x.ndim else x, writing)
-        writing = writing.replace(greedy=jnp.arange(2 * rows) >= rows)
+        writing = dataclasses.replace(writing, greedy=jnp.arange(2 * rows) >= rows)
     return writing
 
 
@@ -165,7 +166,8 @@ def go_on(
         token = jnp.where(now.done, pad_id, chosen(scores, uniform))
         here = jnp.ones_like(now.done)[:, None]
         hidden, cache = extend(config, weights, token[:, None], here, now.cache, dtype=kind)
-        return now.replace(
+        return dataclasses.replace(
+            now,
             t=now.t + 1,
             done=now.done | (token == eos_id) | (now.t + 1 >= now.limits),
             hidden=hidden[:, 0],

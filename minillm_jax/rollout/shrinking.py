@@ -19,7 +19,7 @@ from minillm_jax.axes import constrain
 from minillm_jax.models import DecoderConfig, unstack
 from minillm_jax.rollout.compiled import decoding
 from minillm_jax.rollout.generate import Response, Writing, answers_of, begin, generate, go_on
-from minillm_jax.types import Params
+from minillm_jax.types import Array, Params
 
 # Tokens that may still come where a batch is halved. For fewer, compiling a further program takes
 # longer than all the steps that it shortens.
@@ -31,8 +31,8 @@ _STATIC = ("config", "warp", "eos_id", "pad_id", "vocab", "dtype", "leave_at", "
 def generate_shrinking(
     config: DecoderConfig,
     params: Params,
-    prompt: jax.Array,  # [B, P]
-    prompt_mask: jax.Array,  # [B, P]
+    prompt: Array,  # [B, P]
+    prompt_mask: Array,  # [B, P]
     key: jax.Array,
     *,
     slots: int,

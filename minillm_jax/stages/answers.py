@@ -140,7 +140,7 @@ def in_batches(
     total, ends = sum(real for _, real in batches), np.cumsum([real for _, real in batches])
     first = int(np.searchsorted(ends, there, side="right"))
     begin = int(ends[first - 1]) if first else 0
-    hosts.barrier(f"all have read {file}")
+    hosts.barrier(f"all have read {file.name}")
     write_rows(file, kept[:begin])
     with RowLog(file) as log:
         for index, (batch, real) in enumerate(batches):

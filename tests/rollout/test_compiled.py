@@ -13,7 +13,7 @@ def test_the_products_of_a_cpu_are_not_those_of_ynnpack():
         pytest.skip("this XLA does not know the options")
     x, kernel = jnp.ones((8, 576)), jnp.ones((576, 1536))
     product = jax.jit(lambda x, kernel: 2 * (x @ kernel), compiler_options=options)
-    assert "ynn_fusion" not in product.lower(x, kernel).compile().as_text()
+    assert "ynn_fusion" not in (product.lower(x, kernel).compile().as_text() or "")
 
 
 def test_within_another_program_it_is_a_part_of_that():

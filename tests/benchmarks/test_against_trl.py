@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_steps_in_turn(trl_python, tmp_path, monkeypatch, capsys):
 
 
 def test_floor():
-    sizes = {"layers": 2, "width": 16, "mlp_width": 32, "max_positions": 64, "gated": True}
+    sizes: Any = {"layers": 2, "width": 16, "mlp_width": 32, "max_positions": 64, "gated": True}
     student = DecoderConfig(vocab_size=40, heads=4, kv_heads=2, **sizes)
     teacher = DecoderConfig(vocab_size=40, heads=4, kv_heads=2, **sizes | {"layers": 4})
     asked = argparse.Namespace(batch=2, prompt=4, slots=8)

@@ -173,8 +173,10 @@ def test_the_lock_of_a_dead_process_of_this_host_is_none(url, storage):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     put_lock(storage, url, host=socket.gethostname(), pid=process.pid)
+    began = time.monotonic()
     with Bucket(url).claimed():
         assert names(storage, url) == ["lock"]
+    assert time.monotonic() - began < bucket.SILENCE / 2
 
 
 REFUSED = {

@@ -71,6 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def _refuse(self, code: int, message: str) -> None:
+        self._answer(code, json.dumps({"error": {"code": code, "message": message}}).encode())
+
     def _answer(self, code: int, body: bytes = b"", **headers) -> None:
         self.send_response(code)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -96,10 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.asked = {name: values[0] for name, values in parse_qs(parts.query).items()}
         found = re.fullmatch(r"(?:/download|/upload)?/storage/v1/b/([^/]+)(/o)?/?(.*)", parts.path)
         if not found or found[1] != "bucket":
-            return self._answer(404, b"{}")
+            return self._refuse(404, "not found")
         if method in self.store.refused:
-            error = {"error": {"code": 403, "message": "no permission"}}
-            return self._answer(403, json.dumps(error).encode())
+            return self._refuse(403, "no permission")
         with self.store.lock:
             if not found[2]:
                 self._json({"kind": "storage#bucket", "name": "bucket", "id": "bucket"})
@@ -112,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Whether the conditions on the generation of an object hold; else it is answered."""
         now = self.store.objects[name][1] if name in self.store.objects else 0
         if (wanted := self.asked.get("ifGenerationMatch")) and int(wanted) != now:
-            self._answer(412, b"{}")
+            self._refuse(412, "another generation")
             return False
         if (other := self.asked.get("ifGenerationNotMatch")) and int(other) == now:
             self._answer(304)
@@ -165,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self, path: str) -> None:
         name = unquote(path)
         if name not in self.store.objects:
-            return self._answer(404, b"{}")
+            return self._refuse(404, "not found")
         if not self._held(name):
             return None
         if self.asked.get("alt") != "media":
@@ -184,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _delete(self, path: str) -> None:
         name = unquote(path)
         if name not in self.store.objects:
-            return self._answer(404, b"{}")
+            return self._refuse(404, "not found")
         if self._held(name):
             del self.store.objects[name]
             self.store.calls.append(("delete", name))
@@ -194,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self, path: str) -> None:
         source, _, target = (unquote(part) for part in path.partition("/moveTo/o/"))
         if source not in self.store.objects:
-            return self._answer(404, b"{}")
+            return self._refuse(404, "not found")
         self._put(target, self.store.objects.pop(source)[0])
         return self._json(self._about(target))
 

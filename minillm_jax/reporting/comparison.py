@@ -74,6 +74,8 @@ def draw(path: Path, table: Table, columns: Sequence[str] = DRAWN) -> None:
         axes.barh(range(len(rows)), means, xerr=stds, color=colours, ecolor="#24292f", capsize=3)
         axes.set_yticks(range(len(rows)), [label(model) for model, _ in rows])
         axes.invert_yaxis()
+        if not any(means):
+            axes.set_xlim(0, 1)
         column = known[key]
         better = f", {column.better} is better" if column.better else ""
         axes.set_title(f"{column.label}{better}", fontsize=10)
@@ -116,7 +118,8 @@ def draw_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[Curve]]])
             low, high = [m - d for m, d in pairs], [m + d for m, d in pairs]
             colour = colour_of(method)
             axes.fill_between(tokens, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(tokens, mean, color=colour, linewidth=1.8, marker="o", ms=3, label=method)
+            text = label(method).removeprefix("Student, ")
+            axes.plot(tokens, mean, color=colour, linewidth=1.8, marker="o", ms=3, label=text)
         axes.set_title(f"{CURVES[name]} on the validation prompts, nats per token", fontsize=10)
         axes.set_xlabel("tokens read")
         axes.grid(axis="y", color="#d8dee4")

@@ -11,7 +11,7 @@ file's name. The data is dolly from the Hub, divided as the paper's, or local:
 """
 
 from configs.common import base
-from configs.paper import DOLLY, arguments, shared, tiny
+from configs.paper import arguments, dolly, tiny
 from minillm_jax.methods import registry
 
 TEACHER, STUDENT = "gpt2-4x128", "gpt2-2x64"
@@ -24,12 +24,7 @@ def get_config(arg: str = ""):
     config.name = "gpt2_tiny_dolly" + ("" if method == "minillm" else f"-{method}")
     config.method = method
     config.teacher.path, config.student.path = f"scratch:{TEACHER}", f"scratch:{STUDENT}"
-    data = shared() / "data"
-    config.data.train = config.data.validation = config.data.test = DOLLY
-    if (data / "dolly" / "train.jsonl.gz").is_file():
-        config.data.train = str(data / "dolly" / "train.jsonl.gz")
-        config.data.validation = str(data / "dolly" / "dev.jsonl")
-        config.data.test = str(data / "eval" / "dolly.jsonl")
+    config.data.train, config.data.validation, config.data.test = dolly()
     config.data.template = "alpaca"
     config.data.max_prompt, config.data.max_response = 64, 32  # the template takes 35
     config.data.long_prompts = "drop"

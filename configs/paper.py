@@ -159,6 +159,15 @@ def shared() -> Path:
     return Path(os.environ.get("MINILLM_SHARED") or Path(__file__).parents[2] / "shared")
 
 
+def dolly() -> tuple[str, str, str]:
+    """Where dolly's training, validation and test rows are: in `shared()`, or on the Hub."""
+    data = shared() / "data"
+    if not (data / "dolly" / "train.jsonl.gz").is_file():
+        return DOLLY, DOLLY, DOLLY
+    train, validation = data / "dolly" / "train.jsonl.gz", data / "dolly" / "dev.jsonl"
+    return str(train), str(validation), str(data / "eval" / "dolly.jsonl")
+
+
 def tiny(config: Any, teacher: str, student: str) -> None:
     """Shrink any experiment to random models of these families, a few rows and a few updates."""
     config.name += "-tiny"

@@ -182,7 +182,7 @@ def test_every_experiment_can_be_tiny(name, monkeypatch, tmp_path):
     found = pipeline.describe(config_of(name, "tiny"), tmp_path / "run")
     assert found["config"]["teacher"]["path"].startswith("scratch:")
     assert {"distill", "evaluate"} <= {stage["stage"] for stage in found["stages"]}
-    assert len(PAIRS) + 2 == len(EXPERIMENTS)
+    assert len(PAIRS) + 3 == len(EXPERIMENTS)
 
 
 def test_there_are_not_too_many_settings():

@@ -2,19 +2,19 @@
 
     python -m benchmarks.weak_scaling --devices 8,64,256 --json weak_scaling.json
 
-Compiles the update and the collection of a pair of the paper for so many simulated devices, with as
+Compiles the update and the collection of GPT-2 XL into GPT-2 for so many simulated devices, with as
 many rows on each, and counts the bytes of their collectives as `minillm_jax.plan` does. Nothing is
 run. Seconds are those of a roofline of the chip that is named, nothing overlapped.
 """
 
 import argparse
-import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from configs.gpt2_xl_to_gpt2 import get_config
 from minillm_jax.planning.estimate import Figures, measure
 from minillm_jax.planning.programs import programs
 from minillm_jax.planning.targets import Target, target
@@ -41,8 +41,7 @@ def main() -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a count."""
     parser.add_argument("--devices", default="8,64,256", help="numbers, comma-separated")
-    parser.add_argument("--config", default="gpt2_xl_to_gpt2", help="a file of configs/")
-    parser.add_argument("--argument", default="", help="of that config")
+    parser.add_argument("--argument", default="", help="of configs/gpt2_xl_to_gpt2.py")
     parser.add_argument("--chip", default="h100", help="one of those that `plan` knows")
     parser.add_argument("--rows", type=int, default=8, help="of a batch, on each device")
 
@@ -82,7 +81,7 @@ def seconds(one: dict) -> float:
 
 def compiled(name: str, machine: Target, asked: argparse.Namespace) -> list[Figures]:
     """The figures of the two programs on one mesh."""
-    config = importlib.import_module(f"configs.{asked.config}").get_config(asked.argument)
+    config = get_config(asked.argument)
     rows = asked.rows * len(machine.devices)
     batches = {"batch_size": rows, "rollouts": rows, "collect_batch": 0, "micro_batch": asked.rows}
     config = changed(config, {"mesh": MESHES[name], "distill": batches})

@@ -62,9 +62,7 @@ def test_verdict(power, named, figures, monkeypatch, capsys):
 def test_devices_send_as_much_each(monkeypatch, capsys):
     monkeypatch.setattr(weak_scaling, "MESHES", {"data": weak_scaling.MESHES["data"]})
     monkeypatch.setattr(weak_scaling, "PROGRAMS", ("distill update",))
-    asked = argparse.Namespace(
-        devices="2,4", config="gpt2_xl_to_gpt2", argument="tiny", chip="h100", rows=1
-    )
+    asked = argparse.Namespace(devices="2,4", argument="tiny", chip="h100", rows=1)
     found = weak_scaling.counted(asked)
     weak_scaling.show(found)
     assert [one["devices"] for one in found] == [2, 4]

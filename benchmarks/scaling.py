@@ -185,6 +185,9 @@ def draw(found: dict[str, Any], path: str) -> None:
             panel.loglog(one["values"], one["seconds"], "o-", label=f"{phase} {exponents}")
             scale = one["seconds"][-1] / one["flops"][-1]
             panel.loglog(one["values"], [scale * f for f in one["flops"]], ":", color="grey")
+        values = next(iter(phases.values()))["values"]
+        panel.set_xticks(values, [f"{value:,}" for value in values])
+        panel.xaxis.minorticks_off()
         panel.set(xlabel=axis, ylabel="seconds" if axis == "batch" else None)
         panel.legend(title="exponent of time / FLOPs", fontsize=8)
     figure.tight_layout()

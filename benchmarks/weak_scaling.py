@@ -22,7 +22,10 @@ from minillm_jax.planning.verdict import builder, changed
 from minillm_jax.reporting.writers import write_json
 
 PROGRAMS = ("collect", "distill update")
-MESHES = {"data": {"data": -1, "fsdp": 1, "tensor": 1}, "fsdp": {"data": 1, "fsdp": -1}}
+MESHES = {
+    "data": {"data": -1, "fsdp": 1, "tensor": 1},
+    "fsdp of 8": {"data": -1, "fsdp": 8, "tensor": 1},
+}
 
 
 def main() -> None:
@@ -84,7 +87,8 @@ def compiled(name: str, machine: Target, asked: argparse.Namespace) -> list[Figu
     config = get_config(asked.argument)
     rows = asked.rows * len(machine.devices)
     batches = {"batch_size": rows, "rollouts": rows, "collect_batch": 0, "micro_batch": asked.rows}
-    config = changed(config, {"mesh": MESHES[name], "distill": batches})
+    others = {stage: {"batch_size": rows} for stage in ("teacher_sft", "sft")}  # must divide, too
+    config = changed(config, {"mesh": MESHES[name], "distill": batches} | others)
     with tempfile.TemporaryDirectory() as made:
         build, _ = builder(config, Path(made), machine)
         wanted = [p for p in programs(build) if p.name in PROGRAMS]

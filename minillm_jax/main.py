@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
     if CONFIG.value is None:
         raise InputError("no experiment given: add --config configs/quickstart.py")
     in_bucket = "://" in (WORKDIR.value or "")
-    source = FORK.value or REPLAY.value
-    if source and (in_bucket or "://" in source):
+    given = FORK.value or REPLAY.value
+    if given and (in_bucket or "://" in given):
         raise InputError(
             f"--{'fork' if FORK.value else 'replay'} and its --workdir must be of folders: copy a "
             "run out of its bucket first, gcloud storage cp -r gs://BUCKET/PATH DIR"

@@ -4,6 +4,7 @@ import json
 
 import jax
 import pytest
+from matplotlib.figure import Figure
 
 from minillm_jax import comparison, pipeline, trainer
 from minillm_jax.reporting import comparison as reporting
@@ -119,7 +120,26 @@ def test_the_table_is_of_means_and_deviations(tmp_path):
     assert (tmp_path / "new" / "table.png").stat().st_size > 1000
 
 
-def test_curves_are_means_over_the_validations_that_all_seeds_have(tmp_path):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, and written all the same."""
+    found, save = [], Figure.savefig
+
+    def spy(figure, *args, **options):
+        found.append(figure)
+        return save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return found
+
+
+def test_bars_that_are_all_0_stand_at_the_left(tmp_path, drawn):
+    none = {"mean": 0.0, "std": 0.0, "values": [0.0]}
+    reporting.draw(tmp_path / "table.png", {"kd": {"rouge_l": none}}, ["rouge_l"])
+    assert drawn[0].axes[0].get_xlim() == (0, 1)
+
+
+def test_curves_are_means_over_the_validations_that_all_seeds_have(tmp_path, drawn):
     rows = [{"tokens": 5}, {"tokens": 7}, {"valid_loss": 2.0}, {"tokens": 4}, {"valid_loss": None}]
     assert reporting.curve([*rows, {"valid_loss": 1.0}], "valid_loss", 100) == [(112, 2), (116, 1)]
     seeds = [[(10, 2.0), (20, 1.0)], [(14, 4.0), (22, 1.0), (30, 0.5)]]
@@ -129,3 +149,4 @@ def test_curves_are_means_over_the_validations_that_all_seeds_have(tmp_path):
     assert not file.exists()
     reporting.draw_curves(file, {"valid_reverse_kl": {"kd": seeds, "gkd": [[]]}})
     assert file.stat().st_size > 1000
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["KD"]

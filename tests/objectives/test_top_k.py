@@ -77,6 +77,7 @@ def test_all_ids_are_the_whole_and_fewer_are_less(found):
             value, grad = jax.device_get(whole(jnp.asarray(q)))
         np.testing.assert_allclose(found[V][2][name][1].sum(), value, rtol=1e-10, err_msg=name)
         np.testing.assert_allclose(found[V][2][name][0], grad, atol=1e-10, err_msg=name)
+    assert top_k.likeliest(jnp.asarray(p), V)[1].shape == (4, V)  # no rest
     for name in ("forward_kl", "reverse_kl", "jsd", "total_variation", "skew_forward_kl"):
         by_k = np.stack([found[k][2][name][1] for k in range(1, V + 1)])
         assert (by_k[1:] >= by_k[:-1] - 1e-12).all() and (by_k[0] < by_k[-1]).all()

@@ -120,6 +120,7 @@ def base() -> ml_collections.ConfigDict:
     config.evaluate.exposure_samples = 0  # answers per prompt for ExAccErr (paper: 10); 0: without
     config.evaluate.overlap = 0  # overlap with the teacher's so many likeliest tokens; 0: without
     config.evaluate.calibration = ()  # "sst2=FILE.jsonl", "boolq=FILE.jsonl", or hub:OWNER/NAME
+    config.evaluate.calibration_rows = 0  # of each such set; 0: as many as `prompts`
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # -1: what the devices leave over

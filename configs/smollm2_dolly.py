@@ -9,7 +9,7 @@ found as that of `configs/gpt2_tiny_dolly.py` is; `:tiny` takes random models.
 """
 
 from configs import quickstart
-from configs.paper import dolly
+from configs.paper import dolly, shared
 
 
 def get_config(arg: str = ""):
@@ -28,4 +28,8 @@ def get_config(arg: str = ""):
     config.sft.steps, config.sft.evaluate_every, config.sft.save_every = 16, 8, 8
     config.distill.steps, config.distill.evaluate_every, config.distill.save_every = 24, 12, 12
     config.evaluate.exposure_samples = 2
+    sentences = shared() / "data" / "sst2" / "validation.jsonl.gz"
+    labelled = sentences if sentences.is_file() else "hub:stanfordnlp/sst2"
+    config.evaluate.calibration = (f"sst2={labelled}",)
+    config.evaluate.calibration_rows = 128
     return config

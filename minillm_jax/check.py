@@ -29,6 +29,7 @@ _LEAST = (
     | {"data.max_prompt": 1, "data.max_response": 1, "data.limit": 0, "answers.limit": 0}
     | {"data.max_answer": 0}
     | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "evaluate.seeds": 1}
+    | {"evaluate.calibration_rows": 0}
     | {f"evaluate.{name}": 0 for name in ("no_repeat_ngram", "exposure_samples", "overlap")}
     | {"corpus.coefficient": 0}
 )

@@ -1,9 +1,10 @@
 """Several methods from the same students, on the same data, for as many tokens, over seeds.
 
     workdir/compare.{json,md,png}               the table of what is done
-            curves.png                          validations by tokens read
+            curves.png, exposure.png            validations by tokens read; ExAccErr, if measured
             seedN/stages/teacher_answers/...    teacher_sft, student_sft: once, for all methods
-                         METHOD/...             as the stage `distill` has it, and figures.json
+                         METHOD/...             as the stage `distill` has it; figures.json and
+                                                responses.jsonl of the held-out prompts
 
 The budget counts tokens, prompt and answer, that the student is trained on from its first update
 on, so what SFT read before a method that starts from it counts, too. An update is a whole batch: a
@@ -27,11 +28,14 @@ from minillm_jax.reporting.writers import (
     read_json,
     read_rows,
     write_json,
+    write_rows,
     write_text,
 )
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import answered
-from minillm_jax.stages.held_out import held_out
+from minillm_jax.stages.comparisons import ExposureBias
+from minillm_jax.stages.evaluation import judge
+from minillm_jax.stages.held_out import main_set
 from minillm_jax.stages.plan import Stage
 from minillm_jax.stages.training import distill, fine_tune, student
 from minillm_jax.types import InputError
@@ -94,19 +98,24 @@ def one(run: Run, tokens: int) -> None:
 
 def report(workdir: Path) -> reporting.Table:
     """Print and write the table of what is done in a work directory."""
-    seeds = []
+    seeds, exposures = [], {}
     for place in sorted(workdir.glob("seed*")):
         figures = {}
         for file in sorted(place.glob("stages/*/figures.json"), key=lambda f: f.stat().st_mtime):
-            figures[file.parent.name] = read_json(file)["figures"]
+            found, model = read_json(file), file.parent.name
+            figures[model] = found["figures"]
+            if curve := found.get("exposure_bias"):
+                exposures.setdefault(model, []).append(curve)
         seeds.append(figures)
-    table = reporting.tabulate(seeds, reporting.SHOWN)
-    text = reporting.as_text(table, reporting.SHOWN)
+    columns = reporting.columns(seeds)
+    table = reporting.tabulate(seeds, columns)
+    text = reporting.as_text(table, columns)
     print(text, file=hosts.log())
     write_json(workdir / "compare.json", {"seeds": len(seeds), "models": table})
     write_text(workdir / "compare.md", text + "\n")
     reporting.draw(workdir / "compare.png", table)
     reporting.draw_curves(workdir / "curves.png", _curves(workdir))
+    reporting.draw_exposure(workdir / "exposure.png", exposures)
     return table
 
 
@@ -151,10 +160,12 @@ def _judge(run: Run, name: str, make: Callable[[], Model]) -> None:
     if file.exists() and read_json(file)["made"] == made:
         return
     with jax.set_mesh(run.build.mesh):
-        figures = held_out(run, make()).figures
-    if made:
-        figures["tokens"] = made["all_tokens"]
-    write_json(file, {"figures": figures, "made": made})
+        bias = ExposureBias(run, main_set(run), keep=run.folder("teacher"))
+        judged = judge(run, bias, make(), name=name)
+    write_rows(run.folder(name) / "responses.jsonl", judged.held.responses)
+    figures = judged.held.figures | ({"tokens": made["all_tokens"]} if made else {})
+    measured = {"exposure_bias": judged.exposure_bias, "calibration": judged.calibration}
+    write_json(file, {"figures": figures, "made": made} | measured)
 
 
 def _row_tokens(run: Run) -> float:

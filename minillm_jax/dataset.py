@@ -168,7 +168,8 @@ class Data:
             for spec in self.config.evaluate.calibration:
                 name, _, file = spec.partition("=")
                 rows, labels = classification.read(name, file)
-                limit = self.config.evaluate.prompts or None
+                c = self.config.evaluate
+                limit = c.calibration_rows or c.prompts or None
                 words = classification.TASKS[name].labels
                 asked = [self._worded(rows[:limit], word) for word in words]
                 found[name] = Labelled(asked, [labels[e.row] for e in asked[0]], len(rows[:limit]))

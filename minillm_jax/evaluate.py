@@ -35,6 +35,7 @@ SETTINGS = {
     "exposure_samples": ("evaluate.exposure_samples", "Of ExAccErr (paper: 10)."),
     "overlap": ("evaluate.overlap", "With so many of the teacher's likeliest tokens."),
     "calibration": ("evaluate.calibration", "sst2=FILE,boolq=FILE."),
+    "calibration_rows": ("evaluate.calibration_rows", "Of each of them; 0: as --prompts."),
     "dtype": ("student.dtype", "Arithmetic: float32, bfloat16 or float16."),
     "seed": ("seed", "Of the first sampled answers."),
 }

@@ -30,6 +30,10 @@ def finished(workdir):
 def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     one_device(monkeypatch)
     config, workdir = toy_config(tmp_path), tmp_path / "compare"
+    config.evaluate.exposure_samples, config.evaluate.calibration_rows = 2, 1
+    sentences = tmp_path / "sentences.jsonl"
+    sentences.write_text('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": 0}\n')
+    config.evaluate.calibration, config.data.max_prompt = (f"sst2={sentences}",), 118
     config.distill.keep = "loss"
     methods = ["kd", "gkd"]
     with compilation_cache(tmp_path / "programs"):
@@ -38,6 +42,8 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
         lost, before = workdir / "seed1/stages/gkd/done.json", finished(workdir)
         (workdir / "seed1/stages/gkd/figures.json").unlink()
         lost.unlink()
+        exposure_samples = workdir / "seed1/stages/teacher/exposure-1.jsonl"
+        given = exposure_samples.read_bytes()
         trained, fit = [], trainer.fit
         monkeypatch.setattr(trainer, "fit", lambda *a, **b: trained.append(1) or fit(*a, **b))
         again = comparison.compare(config, workdir, methods, seeds=2)
@@ -62,6 +68,18 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
             spent, each = done[name]["all_tokens"], done[name]["tokens"] / done[name]["updates"]
             assert spent == table[name]["tokens"]["values"][seed]
             assert budget - 1.5 * each < spent < budget + 1.5 * each
+    assert exposure_samples.read_bytes() == given  # the teacher's, for all students of a seed
+    for model in ("start", *methods):
+        found = json.loads((workdir / f"seed0/stages/{model}/figures.json").read_text())
+        curve, reliability = found["exposure_bias"], found["calibration"]["sst2"]
+        last = curve["excess"][curve["reach"] - 1] / 100
+        assert table[model]["exposure_bias"]["values"][0] == pytest.approx(last)
+        assert table[model]["ece_sst2"]["values"][0] == reliability["ece"]
+        assert reliability["rows"] == reliability["given"] == 1
+        responses = (workdir / f"seed0/stages/{model}/responses.jsonl").read_text().splitlines()
+        assert len(responses) == 2 and json.loads(responses[0])["model"] == model
+    assert "exposure_bias" not in table["teacher"] and "accuracy_sst2" in table["teacher"]
+    assert (workdir / "exposure.png").read_bytes()[:4] == b"\x89PNG"
     assert "tokens" not in table["start"] and "reverse_kl" not in table["teacher"]
     assert table["kd"]["reverse_kl"]["mean"] != table["gkd"]["reverse_kl"]["mean"]
     assert table["kd"]["nll"]["std"] > 0
@@ -99,6 +117,13 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path,
     monkeypatch.setattr(comparison, "answered", lambda run, split: run.build.data.prompts(split))
     with pytest.raises(InputError, match="a budget of 2 tokens leaves none for kd"):
         comparison.compare(config, workdir, ["kd"], 1, tokens=2)
+
+
+def test_columns_that_only_some_settings_have_follow_the_others():
+    seeds = [{"kd": {"nll": 1.0, "ece_sst2": 0.1, "rouge_l_deviation": 1.0, "entropy": 2.0}}]
+    seeds += [{"gkd": {"exposure_bias": 0.1, "rouge_l_vicuna": 0.2, "rouge_l_vicuna_deviation": 0}}]
+    further = ("ece_sst2", "exposure_bias", "rouge_l_vicuna")
+    assert reporting.columns(seeds) == (*reporting.SHOWN, *further)
 
 
 def test_the_table_is_of_means_and_deviations(tmp_path):
@@ -150,3 +175,15 @@ def test_curves_are_means_over_the_validations_that_all_seeds_have(tmp_path, dra
     reporting.draw_curves(file, {"valid_reverse_kl": {"kd": seeds, "gkd": [[]]}})
     assert file.stat().st_size > 1000
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["KD"]
+
+
+def test_exposure_bias_is_drawn_as_far_as_the_answers_of_all_seeds_reach(tmp_path, drawn):
+    file = tmp_path / "exposure.png"
+    reporting.draw_exposure(file, {})
+    assert not file.exists()
+    seeds = [{"excess": [0.0, 2.0, 9.0], "reach": 2}, {"excess": [0.0, 4.0, 6.0], "reach": 3}]
+    reporting.draw_exposure(file, {"minillm": seeds})
+    (axes,) = drawn[0].axes
+    line = axes.get_lines()[-1]
+    assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == [0, 3]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["MiniLLM"]

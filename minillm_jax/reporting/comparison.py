@@ -8,7 +8,7 @@ from typing import Any
 from minillm_jax import hosts
 from minillm_jax.reporting.formats import is_number
 from minillm_jax.reporting.plots import colour_of
-from minillm_jax.reporting.results import COLUMNS, label
+from minillm_jax.reporting.results import COLUMNS, DEVIATION, STDERR, label
 
 # Model -> figure -> {"mean", "std", "values"}, the values by seed; an absent figure is left out.
 Table = dict[str, dict[str, dict[str, Any]]]
@@ -17,10 +17,12 @@ SHOWN = (
     "tokens", "reverse_kl", "nll", "rouge_l", "length", "finished", "distinct_4",
     "greedy_repetition", "greedy_loops",
 )  # fmt: skip
-# Tokens read so far and the figure, at each validation of a method in one seed.
+# Points of one seed: tokens read so far and the figure, at each validation of a method.
 Curve = Sequence[tuple[float, float]]
 CURVES = {"valid_reverse_kl": "Reverse KL", "valid_loss": "Loss of the given answers"}
-DRAWN = ("reverse_kl", "nll", "rouge_l", "greedy_loops")
+DRAWN = ("reverse_kl", "nll", "rouge_l", "greedy_loops", "exposure_bias")
+# What is measured only when asked for, of one or of several data sets.
+_FURTHER = ("exposure_bias", "rouge_l_", "ece_", "accuracy_")
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
@@ -30,6 +32,14 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
         return {}
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "std": deviation, "values": values}
+
+
+def columns(seeds: Iterable[Mapping[str, Mapping[str, Any]]]) -> tuple[str, ...]:
+    """The figures of a table: `SHOWN`, and what else was measured of the figures [seed][model]."""
+    keys = {key: None for seed in seeds for figures in seed.values() for key in figures}
+    ends = (DEVIATION, STDERR)
+    further = [k for k in keys if k.startswith(_FURTHER) and not k.endswith(ends)]
+    return (*SHOWN, *sorted(further))
 
 
 def tabulate(seeds: Sequence[Mapping[str, Mapping[str, Any]]], columns: Sequence[str]) -> Table:
@@ -113,24 +123,55 @@ def draw_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[Curve]]])
     for place, name in enumerate(shown, 1):
         axes = figure.add_subplot(1, len(shown), place)
         for method, seeds in found[name].items():
-            tokens, mean, deviation = _over_seeds([seed for seed in seeds if seed])
-            pairs = list(zip(mean, deviation, strict=True))
-            low, high = [m - d for m, d in pairs], [m + d for m, d in pairs]
-            colour = colour_of(method)
-            axes.fill_between(tokens, low, high, color=colour, alpha=0.18, linewidth=0)
-            text = label(method).removeprefix("Student, ")
-            axes.plot(tokens, mean, color=colour, linewidth=1.8, marker="o", ms=3, label=text)
-        axes.set_title(f"{CURVES[name]} on the validation prompts, nats per token", fontsize=10)
+            _line(axes, method, [seed for seed in seeds if seed], marker="o", ms=3)
         axes.set_xlabel("tokens read")
-        axes.grid(axis="y", color="#d8dee4")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        _finish(axes, f"{CURVES[name]} on the validation prompts, nats per token")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
+def draw_exposure(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write a PNG: ExAccErr by length, a line per method, one deviation over its seeds as a band.
+
+    As far as the answers of all its seeds reach. Without any nothing is written.
+
+    Args:
+        curves: by method, `exposure.curve` for each seed.
+    """
+    if not curves or not hosts.is_main():
+        return
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(6.4, 4.2), layout="tight")
+    axes = figure.add_subplot(1, 1, 1)
+    axes.axhline(0, color="#d8dee4", linewidth=1.5)
+    for method, seeds in curves.items():
+        _line(axes, method, [list(enumerate(c["excess"][: c["reach"]], 1)) for c in seeds])
+    axes.set_xlabel("length of the answer, tokens")
+    _finish(axes, "Excess accumulated error, %, on the test prompts")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _line(axes: Any, method: str, seeds: Sequence[Curve], **style: Any) -> None:
+    """The mean of a method's curves, one deviation over its seeds as a band."""
+    at, mean, deviation = _over_seeds(seeds)
+    pairs = list(zip(mean, deviation, strict=True))
+    low, high = [m - d for m, d in pairs], [m + d for m, d in pairs]
+    colour, text = colour_of(method), label(method).removeprefix("Student, ")
+    axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(at, mean, color=colour, linewidth=1.8, label=text, **style)
+
+
+def _finish(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="y", color="#d8dee4")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def _over_seeds(seeds: Sequence[Curve]) -> tuple[list[float], list[float], list[float]]:
-    """Mean tokens, mean and deviation of the figure at every validation that all seeds have."""
+    """Mean place, mean and deviation of the figure at every point that all seeds have."""
     tokens, mean, deviation = [], [], []
     for points in zip(*seeds, strict=False):
         tokens.append(statistics.fmean(read for read, _ in points))

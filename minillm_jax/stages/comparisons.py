@@ -1,6 +1,8 @@
 """What takes passes of its own beside a model's answers: exposure bias and calibration."""
 
 import functools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,39 +18,52 @@ from minillm_jax.stages.answers import Answered, respond
 from minillm_jax.stages.held_out import SEEDS_APART, TestSet
 from minillm_jax.stages.measures import SAMPLED, measure
 
+Samples = Sequence[Sequence[Answered]]  # by sample, the batches of all prompts
+Measured = dict[str, np.ndarray]
+
 
 class ExposureBias:
     """ExAccErr of students on one test set; the teacher's answers serve all of them."""
 
-    def __init__(self, run: Run, test: TestSet):
-        self._run, self._test = run, test
+    def __init__(self, run: Run, test: TestSet, keep: Path | None = None):
+        """`keep` is a folder where the teacher's answers are, or are left for another time."""
+        self._run, self._test, self._keep = run, test, keep
 
-    def _answers(self, model: Model) -> list[list[Answered]]:
-        """Several answers of a model to every prompt, without any ban."""
-        run = self._run
-        count = run.build.config.evaluate.exposure_samples
-        return [
-            list(
-                respond(run, model, self._test.examples, SAMPLED, run.build.seed + SEEDS_APART * i)
-            )
-            for i in range(count)
-        ]
+    def _answers(self, model: Model, first: int = 0, keep: Path | None = None) -> Samples:
+        """The `first` and further answers of a model to every prompt, without any ban."""
+        run, found = self._run, []
+        for number in range(first, run.build.config.evaluate.exposure_samples):
+            file = keep / f"exposure-{number}.jsonl" if keep else None
+            seed = run.build.seed + SEEDS_APART * number
+            found.append(list(respond(run, model, self._test.examples, SAMPLED, seed, file=file)))
+        return found
 
     @functools.cached_property
-    def _given(self) -> list[list[Answered]]:
-        return self._answers(self._run.build.teacher)
+    def _given(self) -> Samples:
+        return self._answers(self._run.build.teacher, keep=self._keep)
 
-    def _forward_kl(self, model: Model, samples: list[list[Answered]]) -> tuple[Any, Any]:
-        """KL[p || q] at every position of samples and their mask, [R, S, N] each."""
-        kl = [measure(self._run, model, batches)["forward_kl_at"] for batches in samples]
-        masks = [np.concatenate([b.response_mask[:real] for b, real in one]) for one in samples]
-        return np.stack(kl, axis=1), np.stack(masks, axis=1)
+    def _measured(self, model: Model, samples: Samples) -> list[Measured]:
+        return [measure(self._run, model, batches) for batches in samples]
 
-    def curve(self, model: Model) -> dict[str, list[float]]:
-        """The curve of a student, as `exposure.curve`."""
-        own = self._forward_kl(model, self._answers(model))
-        given = self._forward_kl(model, self._given)
+    def curve(
+        self, model: Model, sampled: Sequence[Answered], measured: Measured
+    ) -> dict[str, Any]:
+        """The curve of a student, as `exposure.curve`.
+
+        `sampled` and `measured` are its answers with the first seed and what `measure` says of
+        them: the first of its samples here.
+        """
+        more = self._answers(model, first=1)
+        own = _forward_kl([sampled, *more], [measured, *self._measured(model, more)])
+        given = _forward_kl(self._given, self._measured(model, self._given))
         return exposure.curve(own, given, self._run.build.seed)
+
+
+def _forward_kl(samples: Samples, measured: Sequence[Measured]) -> tuple[np.ndarray, np.ndarray]:
+    """KL[p || q] at every position of samples and their mask, [R, S, N] each."""
+    kl = [rows["forward_kl_at"] for rows in measured]
+    masks = [np.concatenate([b.response_mask[:real] for b, real in one]) for one in samples]
+    return np.stack(kl, axis=1), np.stack(masks, axis=1)
 
 
 def calibrated(run: Run, model: Model, data: Labelled) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The stage that judges every model on the held-out prompts, and what it writes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ from minillm_jax.stages.held_out import HeldOut, held_out, main_set, parts
 Makers = Mapping[str, Callable[[], Model]]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """All that is measured of a model; `held.figures` has a figure of each of the others, too.
+
+    `exposure_bias` is a curve, empty if not wanted; `calibration` {data: figures and bins}.
+    """
+
+    held: HeldOut
+    exposure_bias: dict[str, Any]
+    calibration: dict[str, dict[str, Any]]
+
+
 def evaluate(run: Run) -> Outcome:
     """Held-out figures and answers of the teacher and of the student at each stage."""
     build = run.build
@@ -29,6 +42,30 @@ def evaluate(run: Run) -> Outcome:
         makers[build.outline.method] = lambda: build.student(run.model("distill"))
     tokens = judge_models(run, makers, run.workdir / "evaluate", keep=run.folder("evaluate"))
     return {"tokens": tokens, "updates": 0}
+
+
+def judge(
+    run: Run,
+    bias: ExposureBias,
+    model: Model,
+    done: Callable[[int], None] = lambda tokens: None,
+    *,
+    name: str = "",
+    compare: bool = True,
+    keep: Path | None = None,
+) -> Judged:
+    """Judge one model by all that the settings ask for; the arguments are those of `held_out`."""
+    build = run.build
+    compare = compare and model is not build.teacher
+    held = held_out(run, model, done, name=name, compare=compare, keep=keep)
+    curve = {}
+    if held.measured is not None and build.config.evaluate.exposure_samples:
+        curve = bias.curve(model, held.sampled, held.measured)
+        held.figures["exposure_bias"] = exposure.last(curve) / 100
+    reliability = {data: calibrated(run, model, x) for data, x in build.data.labelled().items()}
+    for data, found in reliability.items():
+        held.figures.update({f"{key}_{data}": found[key] for key in ("ece", "accuracy")})
+    return Judged(held, curve, reliability)
 
 
 def judge_models(
@@ -47,12 +84,8 @@ def judge_models(
         answers.jsonl        a row per prompt: greedy answers, sampled ones by token with log(p/q)
         responses.jsonl      a row per sampled answer of every model, test set, seed and decoding
     """
-    build, c = run.build, run.build.config.evaluate
-    main = main_set(run)
-    bias = ExposureBias(run, main)
-    found: dict[str, HeldOut] = {}
-    curves: dict[str, Any] = {}
-    reliability: dict[str, dict[str, Any]] = {}
+    bias = ExposureBias(run, main_set(run), keep)
+    judged: dict[str, Judged] = {}
     told: list[int] = []
     with Progress("evaluate", parts(run) * len(makers)) as bar:
 
@@ -61,15 +94,10 @@ def judge_models(
             bar.update(len(told), tokens=tokens)
 
         for name, make in makers.items():
-            model = make()
-            found[name] = held_out(run, model, done, name=name, compare=compare, keep=keep)
-            figures = found[name].figures
-            if compare and model is not build.teacher and c.exposure_samples:
-                curves[name] = bias.curve(model)
-                figures["exposure_bias"] = exposure.last(curves[name]) / 100
-            for data, labelled in build.data.labelled().items():
-                judged = reliability.setdefault(data, {})[name] = calibrated(run, model, labelled)
-                figures |= {f"{key}_{data}": judged[key] for key in ("ece", "accuracy")}
+            judged[name] = judge(run, bias, make(), done, name=name, compare=compare, keep=keep)
+    found = {name: one.held for name, one in judged.items()}
+    curves = {name: one.exposure_bias for name, one in judged.items() if one.exposure_bias}
+    reliability = _turned({name: one.calibration for name, one in judged.items()})
     write_json(folder / "figures.json", {name: one.figures for name, one in found.items()})
     for file, by_model in (
         ("tests.json", {name: one.tests for name, one in found.items()}),

@@ -52,7 +52,8 @@ class HeldOut:
     """What came of a model.
 
     `figures` of the main set, flat; `greedy` texts and coloured `samples` of it, by prompt; by set
-    `tests` {set: {decoding: figures}} and `lengths` {set: {bucket: figures}}; every response.
+    `tests` {set: {decoding: figures}} and `lengths` {set: {bucket: figures}}; every response. Of
+    the first seed the `sampled` answers to the main set and what `measure` found on them, if so.
     """
 
     figures: dict[str, Any]
@@ -61,6 +62,8 @@ class HeldOut:
     tests: dict[str, dict[str, Figures]]
     lengths: dict[str, dict[str, Figures]]
     responses: list[dict[str, Any]]
+    sampled: Sequence[Answered]
+    measured: dict[str, np.ndarray] | None
 
 
 @dataclass(frozen=True)
@@ -137,18 +140,19 @@ def held_out(
     first = kept(main, "both", build.seed)
     sampled, best = respond_twice(run, model, main.examples, build.seed, file=first)
     done(_tokens(best))
-    samples, figures, coloured = [], [], []
+    samples, figures = [], []
+    measured = measure(run, model, sampled, overlapping) if compare else None
+    batches, rows = sampled, measured
     for number, seed in enumerate(seeds(run)):
         if number:
             file = kept(main, "plain", seed)
-            sampled = list(respond(run, model, main.examples, SAMPLED, seed, file=file))
-        one = scored(run, name, main, sampled, seed)
-        rows = measure(run, model, sampled, overlapping) if compare else None
-        if not number:
-            coloured = _coloured(build.tokenizer, sampled, rows)
+            batches = list(respond(run, model, main.examples, SAMPLED, seed, file=file))
+            rows = measure(run, model, batches, overlapping) if compare else None
+        one = scored(run, name, main, batches, seed)
         figures.append((distances(rows) if rows else {}) | one.figures)
         samples.append(one)
-        done(_tokens(sampled))
+        done(_tokens(batches))
+    coloured = _coloured(build.tokenizer, sampled, measured)
     nll = answer_loss(run, main.examples, model)
     done(sum(len(example.response) for example in main.examples))
 
@@ -183,7 +187,7 @@ def held_out(
             for end in ("", DEVIATION):
                 if key + end in decodings["plain"]:
                     found[f"{key}_{test}{end}"] = decodings["plain"][key + end]
-    return HeldOut(found, greedy, coloured, tests, lengths, responses)
+    return HeldOut(found, greedy, coloured, tests, lengths, responses, sampled, measured)
 
 
 def scored(

@@ -115,6 +115,13 @@ def constrain(x: Any, *axes: str | None, units: Mapping[str, int] | None = None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+def parts(axis: str, size: int) -> int:
+    """Parts into which the mesh in use splits a dimension of a logical axis; 1: it stays whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else ways_of(mesh, dict(AXIS_RULES)[axis])
+    return ways if size % ways == 0 else 1
+
+
 def ways_of(mesh: Any, entry: Any) -> int:
     """Parts into which an entry of a `PartitionSpec` divides a dimension."""
     names = (entry,) if isinstance(entry, str) else entry or ()

@@ -5,7 +5,8 @@
 of the block are at hand: four products with the heads instead of six; and any divergence of `token`
 as a function of the block's logits. Both go without a teacher.
 
-A block spans all rows and a few positions, so a batch sharded over rows, and heads over V, stay so.
+A block spans all rows and a few positions, so a batch sharded over rows, and heads over V, stay so;
+the head's gradient is summed over the devices once (`blocks`).
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from minillm_jax.objectives.blocks import Blocks, HeadGrad, add_grad, apart, no_grad, whole_grad
 from minillm_jax.objectives.reduce import keep, total
 from minillm_jax.types import Array
 
@@ -47,13 +49,14 @@ def scores(
 
     Args:
         vocab_size: ids of the true vocabulary, where heads have more rows; default: the smaller.
-        block: tokens, over all rows, whose logits exist at a time.
+        block: tokens, over the rows of a device, whose logits exist at a time.
     """
-    cut = _Blocks(labels, block)
+    cut = Blocks(labels, block)
     size = _size(weight_q, weight_p, vocab_size)
-    student = cut.model(hidden_q, weight_q, bias_q, mask, size)
-    teacher = cut.teacher(hidden_p, weight_p, bias_p, mask, size)
-    out = _scores(student, lax.stop_gradient(teacher), cut.split(keep(labels, mask)))
+    student = _model(cut, hidden_q, weight_q, bias_q, mask, size)
+    teacher = _teacher(cut, hidden_p, weight_p, bias_p, mask, size)
+    labels = cut.split(keep(labels, mask))
+    out = _scores(cut.ways, student, lax.stop_gradient(teacher), labels)
     return {name: keep(cut.join(value), mask) for name, value in out.items()}
 
 
@@ -79,18 +82,19 @@ def loss_sum(
     gradient wanted it costs the scores.
 
     Args:
-        loss: per-token values [1, R] of R tokens, each from its own token's scores and extras; it
+        loss: per-token values [W, R] of W R tokens, each from its own token's scores and extras; it
             must not close over traced values.
         extras: a pytree of [B, N] constants of the loss, such as `policy.Targets`.
         divergence: a further score, "divergence", differentiated by jax; no traced closure either.
         vocab_size, block: as for `scores`.
     """
-    cut = _Blocks(labels, block)
+    cut = Blocks(labels, block)
     size = _size(weight_q, weight_p, vocab_size)
-    student = cut.model(hidden_q, weight_q, bias_q, mask, size)
-    teacher = cut.teacher(hidden_p, weight_p, bias_p, mask, size)
+    student = _model(cut, hidden_q, weight_q, bias_q, mask, size)
+    teacher = _teacher(cut, hidden_p, weight_p, bias_p, mask, size)
     fixed = jax.tree.map(cut.split, (keep(labels, mask), mask.astype(bool), extras))
-    result: Any = _loss_sum(loss, divergence, student, *lax.stop_gradient((teacher, fixed)))
+    frozen = lax.stop_gradient((teacher, fixed))
+    result: Any = _loss_sum(loss, divergence, cut.ways, student, *frozen)
     value, out = result
     return value, {name: keep(cut.join(x), mask) for name, x in lax.stop_gradient(out).items()}
 
@@ -106,34 +110,16 @@ def mixed_cross_entropy(scores: Scores, kd_ratio: float) -> jax.Array:
     return kd_ratio * soft - (1 - kd_ratio) * scores["log_q"]
 
 
-class _Blocks:
-    """[B, N, ...] cut along N into [n, R, ...] with R tokens of all rows, and back."""
+def _model(cut: Blocks, hidden, weight, bias, mask, size: int) -> Model:
+    chex.assert_rank([hidden, weight], [3, 2])
+    chex.assert_equal_shape_prefix([hidden, mask], 2)
+    chex.assert_equal(hidden.shape[-1], weight.shape[-1])
+    bias = None if bias is None else bias[:size]
+    return cut.split(keep(hidden, mask)), weight[:size].astype(hidden.dtype), bias
 
-    def __init__(self, labels: Array, block: int):
-        chex.assert_rank(labels, 2)
-        self.rows, self.positions = labels.shape
-        self.blocks = max(1, -(-self.rows * self.positions // max(block, self.rows)))
-        self.width = -(-self.positions // self.blocks)
 
-    def split(self, x: Array) -> jax.Array:
-        spare = self.blocks * self.width - self.positions
-        x = jnp.pad(x, ((0, 0), (0, spare)) + ((0, 0),) * (x.ndim - 2))
-        x = x.reshape(self.rows, self.blocks, self.width, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0).reshape(self.blocks, self.rows * self.width, *x.shape[3:])
-
-    def join(self, x: jax.Array) -> jax.Array:  # [n, R] -> [B, N]
-        x = jnp.moveaxis(x.reshape(self.blocks, self.rows, self.width), 0, 1)
-        return x.reshape(self.rows, -1)[:, : self.positions]
-
-    def model(self, hidden, weight, bias, mask, size: int) -> Model:
-        chex.assert_rank([hidden, weight], [3, 2])
-        chex.assert_equal_shape_prefix([hidden, mask], 2)
-        chex.assert_equal(hidden.shape[-1], weight.shape[-1])
-        bias = None if bias is None else bias[:size]
-        return self.split(keep(hidden, mask)), weight[:size].astype(hidden.dtype), bias
-
-    def teacher(self, hidden, weight, bias, mask, size: int) -> Model | None:
-        return None if hidden is None else self.model(hidden, weight, bias, mask, size)
+def _teacher(cut: Blocks, hidden, weight, bias, mask, size: int) -> Model | None:
+    return None if hidden is None else _model(cut, hidden, weight, bias, mask, size)
 
 
 def _size(weight_q: Array, weight_p: Array | None, vocab_size: int | None) -> int:
@@ -218,43 +204,28 @@ def _grad_logits(
     return grad + jnp.where(here, col["log_q"], 0)
 
 
-def _grad_head(grad: jax.Array, hidden: jax.Array, student: Model, carry: tuple) -> tuple:
-    """Adds a block's share to (d weight^T [D, V], d bias); with it d hidden [R, D]."""
-    _, weight, bias = student
-    grad_weight, grad_bias = carry
-    low, dtype = grad.astype(hidden.dtype), grad.dtype
-    # The barrier keeps XLA from folding the transpose into a product that contracts the first
-    # dimension of both operands, which some of its CPU versions run several times slower.
-    across = lax.optimization_barrier(hidden.T)
-    grad_weight += jnp.matmul(across, low, preferred_element_type=dtype)
-    grad_bias = None if bias is None else grad_bias + grad.sum(0)
-    grad_hidden = jnp.matmul(low, weight, preferred_element_type=dtype).astype(hidden.dtype)
-    return (grad_weight, grad_bias), grad_hidden
+def _grad_head(grad: jax.Array, hidden: jax.Array, student: Model, carry: HeadGrad, ways: int):
+    """Adds a block's share to the head's gradient `carry`; with it d hidden [R, D]."""
+    back = jnp.matmul(grad.astype(hidden.dtype), student[1], preferred_element_type=grad.dtype)
+    return add_grad(carry, grad, hidden, ways), back.astype(hidden.dtype)
 
 
-def _zeros(student: Model) -> tuple:
-    hidden, weight, bias = student
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    empty = None if bias is None else jnp.zeros(bias.shape, dtype)
-    return jnp.zeros(weight.shape[::-1], dtype), empty
-
-
-def _like(student: Model, grad_hidden: jax.Array, carry: tuple, scale: jax.Array | float) -> Model:
+def _like(student: Model, grad_hidden: jax.Array, carry: HeadGrad, scale: jax.Array | float):
     """Cotangents of the student in its own dtypes."""
-    (_, weight, bias), (grad_weight, grad_bias) = student, carry
+    (_, weight, bias), (grad_weight, grad_bias) = student, whole_grad(carry)
     return (
         (grad_hidden * scale).astype(grad_hidden.dtype),
-        (grad_weight.T * scale).astype(weight.dtype),
-        None if bias is None else (grad_bias * scale).astype(bias.dtype),
+        (grad_weight * scale).astype(weight.dtype),
+        None if grad_bias is None else (grad_bias * scale).astype(bias.dtype),
     )
 
 
-@jax.custom_vjp
-def _scores(student: Model, teacher: Model | None, labels: jax.Array) -> Scores:
-    return _scores_fwd(student, teacher, labels)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(ways: int, student: Model, teacher: Model | None, labels: jax.Array) -> Scores:
+    return _scores_fwd(ways, student, teacher, labels)[0]
 
 
-def _scores_fwd(student, teacher, labels):
+def _scores_fwd(ways, student, teacher, labels):
     def step(_, x):
         hidden, label = x
         return None, _block(*_both(hidden, student, teacher), label)
@@ -263,31 +234,32 @@ def _scores_fwd(student, teacher, labels):
     return out, (student, teacher, labels, out, norm)
 
 
-def _scores_bwd(residuals, bar):
+def _scores_bwd(ways, residuals, bar):
     student, teacher, *rest = residuals
 
     def step(carry, x):
         hidden, *rest = x
         z_q, z_p = _both(hidden, student, teacher)
-        return _grad_head(_grad_logits(z_q, z_p, *rest), hidden[0], student, carry)
+        return _grad_head(_grad_logits(z_q, z_p, *rest), hidden[0], student, carry, ways)
 
-    carry, grad_hidden = lax.scan(step, _zeros(student), (_hidden(student, teacher), *rest, bar))
+    parts = _hidden(student, teacher), *rest, bar
+    carry, grad_hidden = lax.scan(step, no_grad(*student[1:], ways), parts)
     return _like(student, grad_hidden, carry, 1), None, None
 
 
 _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss_sum(loss, divergence, student, teacher, fixed) -> tuple[jax.Array, Scores]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss_sum(loss, divergence, ways, student, teacher, fixed) -> tuple[jax.Array, Scores]:
     if divergence:  # what no gradient needs is dropped by the compiler
-        return _loss_sum_fwd(loss, divergence, student, teacher, fixed)[0]
+        return _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed)[0]
     labels, mask, extras = fixed
-    out = _scores(student, teacher, labels)
+    out = _scores(ways, student, teacher, labels)
     return total(loss(out, extras, mask), mask).sum, out
 
 
-def _loss_sum_fwd(loss, divergence, student, teacher, fixed):
+def _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed):
     def step(carry, x):
         hidden, (labels, mask, extras) = x
         z_q, z_p = _both(hidden, student, teacher)
@@ -296,23 +268,24 @@ def _loss_sum_fwd(loss, divergence, student, teacher, fixed):
         if divergence:
             out["divergence"], back = jax.vjp(lambda z: divergence(z, z_p, extras), z_q)
 
-        def summed(out):
-            row, lone, extra = jax.tree.map(lambda x: x[None], (out, mask, extras))
-            return total(loss(row, extra, lone), lone).sum
+        def summed(out):  # [W], for the rows of each device
+            row, own, extra = jax.tree.map(lambda x: apart(x, ways), (out, mask, extras))
+            return keep(loss(row, extra, own), own).sum(1)
 
-        value, bar = jax.value_and_grad(summed)(out)
+        value, pull = jax.vjp(summed, out)
+        (bar,) = pull(jnp.ones_like(value))
         grad = _grad_logits(z_q, z_p, labels, out, norm, bar)
         if back:
             grad += back(bar["divergence"])[0]
-        carry, grad_hidden = _grad_head(grad, hidden[0], student, carry)
+        carry, grad_hidden = _grad_head(grad, hidden[0], student, carry, ways)
         return carry, (value, out, grad_hidden)
 
     parts = _hidden(student, teacher), fixed
-    carry, (value, out, grad_hidden) = lax.scan(step, _zeros(student), parts)
+    carry, (value, out, grad_hidden) = lax.scan(step, no_grad(*student[1:], ways), parts)
     return (value.sum(), out), (student[1:], grad_hidden, carry)
 
 
-def _loss_sum_bwd(loss, divergence, residuals, bar):
+def _loss_sum_bwd(loss, divergence, ways, residuals, bar):
     head, grad_hidden, carry = residuals
     return _like((grad_hidden, *head), grad_hidden, carry, bar[0]), None, None
 

@@ -1,0 +1,85 @@
+"""Blocks of tokens on a mesh: the gradients of one device, and one sum over the devices."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from minillm_jax.objectives import vocab
+from minillm_jax.objectives.blocks import Blocks
+from minillm_jax.sharding import batch_sharding, make_mesh, place
+
+ROWS, N, D, V, BLOCK = 16, 24, 8, 32, 6  # on eight devices: two rows each, eight blocks
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Hidden states and heads of both models with biases, labels and a mask."""
+    rng = np.random.default_rng(0)
+
+    def model():
+        shapes = (ROWS, N, D), (V, D), (V,)
+        return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+    labels, mask = rng.integers(0, V, (ROWS, N)), rng.random((ROWS, N)) < 0.8
+    return model(), model(), labels, mask
+
+
+def _on(mesh, drawn):
+    """The arrays on a mesh: rows over the devices, heads over `tensor` along V."""
+    rows = batch_sharding(mesh)
+    model = rows, NamedSharding(mesh, Spec("tensor")), NamedSharding(mesh, Spec("tensor"))
+    return place(drawn, (model, model, rows, rows))
+
+
+def _gradients(how):
+    """d/d(hidden, weight, bias) of the sum of all scores, in a sweep of its own or at once."""
+
+    def summed(values, extras=None, mask=None):
+        return sum(
+            -x if name.startswith("log_") else x for name, x in values.items()
+        )  # all positive
+
+    def function(student, teacher, labels, mask):
+        asked = (*student, *teacher, labels, mask)
+        if how == "loss_sum":
+            return vocab.loss_sum(summed, *asked, block=BLOCK)[0]
+        return summed(vocab.scores(*asked, block=BLOCK)).sum()
+
+    return jax.jit(jax.value_and_grad(function))
+
+
+@pytest.mark.parametrize("how", ["loss_sum", "scores"])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_the_head_is_summed_over_the_devices_once(how, sizes, drawn):
+    alone = _gradients(how)(*drawn)
+    mesh = make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        compiled = _gradients(how).lower(*_on(mesh, drawn)).compile()
+        found = compiled(*_on(mesh, drawn))
+        cut = Blocks(drawn[2], BLOCK)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, alone)
+    inside = [
+        shape
+        for line in compiled.as_text().splitlines()
+        if (one := re.search(r"= (.*?) all-reduce\(", line)) and "while" in line
+        for shape in re.findall(r"f32\[([\d,]*)\]", one[1])
+    ]
+    # Over `tensor` the sums over V must be in the loop: of rows, or rows of hidden states.
+    own = ROWS // cut.ways * cut.width
+    sums = {"", str(own), f"{own},{D}", f"{own},1", f"1,{own}"}
+    assert set(inside) <= (sums if sizes[2] > 1 else set()), inside
+
+
+def test_a_block_counts_the_rows_of_one_device(drawn):
+    labels = drawn[2]
+    for sizes, ways, blocks in (((1, 1, 8), 1, 24), ((2, 2, 2), 4, 16), ((8, 1, 1), 8, 8)):
+        with jax.set_mesh(make_mesh(*sizes)):
+            cut = Blocks(labels, BLOCK)
+            assert (cut.ways, cut.blocks) == (ways, blocks)
+            assert Blocks(labels[:15], BLOCK).ways == 1  # rows that do not divide lie anywhere
+    assert Blocks(labels, BLOCK).ways == 1
+    np.testing.assert_array_equal(cut.join(cut.split(labels)), labels)

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from minillm_jax.optim import all_finite
+from minillm_jax.optim import global_norm, skipping
 from minillm_jax.sharding import place, replicated
 from minillm_jax.types import Params
 
@@ -40,27 +40,24 @@ class TrainState:
     ) -> tuple["TrainState", dict[str, jax.Array]]:
         """Return the state after one update, and its metrics `grad_norm` and `skipped` (0 or 1).
 
-        If `loss` or any gradient is not finite, parameters and optimizer state stay bit for bit
-        what they were and the counters rise. `grad_norm` is that before clipping.
+        If `loss` or the norm of the gradients is not finite, parameters and optimizer state stay
+        bit for bit what they were and the counters rise. `grad_norm` is that before clipping.
         """
-        finite = all_finite((loss, grads))
-        updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
-        params = optax.apply_updates(self.params, updates)
-
+        norm = global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # An elementwise choice, not lax.cond: it fuses into the update and copies nothing.
-        def keep(new, old):
-            return jnp.where(finite, new, old)
-
+        update = skipping(optimizer).update
+        updates, opt_state = update(grads, self.opt_state, self.params, finite=finite)
         skip = (~finite).astype(jnp.int32)
         state = TrainState(
             step=self.step + 1,
-            params=jax.tree.map(keep, params, self.params),
-            opt_state=jax.tree.map(keep, opt_state, self.opt_state),
+            params=optax.apply_updates(self.params, updates),
+            opt_state=opt_state,
             skipped=self.skipped + skip,
             consecutive_skipped=(self.consecutive_skipped + 1) * skip,
             memory=self.memory,
         )
-        return state, {"grad_norm": optax.tree.norm(grads), "skipped": skip}
+        return state, {"grad_norm": norm, "skipped": skip}
 
 
 def abstract_state(

@@ -1,5 +1,7 @@
 """Schedules, AdamW against its formula, and the state that skips what is not finite."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
-from minillm_jax.optim import adamw, all_finite, matrices, schedule
+from minillm_jax.optim import adamw, global_norm, matrices, schedule, skipping
 from minillm_jax.sharding import make_mesh, place, tree_shardings
 from minillm_jax.train_state import TrainState, abstract_state, init_state, state_shardings
 from minillm_jax.types import InputError, Params
@@ -96,11 +98,56 @@ def test_bad_clip_is_refused():
         adamw(0.1, clip_norm=0)
 
 
-def test_all_finite():
-    good = {"a": jnp.ones(3), "b": jnp.float32(1e38)}
-    assert all_finite(good)
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_adamw_is_that_of_optax(clip):
+    rate, masked = schedule("cosine", 0.1, warmup=2, steps=6), {"decay_mask": matrices}
+    ours = adamw(rate, b1=0.8, b2=0.9, weight_decay=0.3, clip_norm=clip, **masked)
+    theirs = optax.adamw(rate, b1=0.8, b2=0.9, weight_decay=0.3, mask=matrices)
+    if clip:
+        theirs = optax.chain(optax.clip_by_global_norm(clip), theirs)
+    both = [(optimizer, optimizer.init(_params()), _params()) for optimizer in (ours, theirs)]
+    for step in range(5):
+        grads = jax.tree.map(lambda x, step=step: np.cos(x * (step + 1)), _params())
+        for i, (optimizer, state, params) in enumerate(both):
+            updates, state = optimizer.update(grads, state, params)
+            both[i] = optimizer, state, optax.apply_updates(params, updates)
+        chex.assert_trees_all_close(both[0][2], both[1][2], rtol=1e-5, atol=1e-6)
+    moments = [optax.tree.get(state, "nu") for _, state, _ in both]
+    chex.assert_trees_all_close(*moments, rtol=1e-5)
+
+
+def test_any_optimizer_can_be_skipped():
+    optimizer = skipping(optax.adam(0.1))
+    assert skipping(optimizer) is optimizer
+    params = {"w": jnp.asarray([1.0, -0.0])}
+    state = optimizer.init(params)
+    grads = {"w": jnp.asarray([jnp.nan, 1.0])}
+    updates, after = optimizer.update(grads, state, params, finite=jnp.array(False))
+    chex.assert_trees_all_equal(after, state)
+    unchanged = optax.apply_updates(params, updates)["w"]
+    assert np.array_equal(np.signbit(unchanged), [False, True])
+    _, after = optimizer.update(grads, state, params, finite=jnp.array(True))
+    assert int(optax.tree.get(after, "count")) == 1
+
+
+@pytest.mark.optimized
+def test_an_update_copies_no_moment():
+    """That of optax, skipped by a choice behind it, took seven times as long on a CPU."""
+    optimizer = adamw(schedule("constant", 0.1), weight_decay=0.1, decay_mask=matrices)
+    state, abstract = _state(optimizer, 8, 1, 1)
+    text = _step(optimizer, abstract).lower(state, jnp.float32(1), jnp.float32(1)).compile()
+    assert not re.search(r"f32\[2,8,4\]\S* copy\(", text.as_text())
+    plain = skipping(optax.adamw(0.1))
+    state, abstract = _state(plain, 8, 1, 1)
+    text = _step(plain, abstract).lower(state, jnp.float32(1), jnp.float32(1)).compile()
+    assert re.search(r"f32\[2,8,4\]\S* copy\(", text.as_text())  # else this test tells nothing
+
+
+def test_the_global_norm_is_finite_only_if_all_is():
+    good = {"a": jnp.ones(3), "b": jnp.full((2, 2), 3.0, jnp.bfloat16)}
+    assert global_norm(good) == np.float32(39**0.5) and global_norm(good).dtype == np.float32
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        assert not all_finite(good | {"c": jnp.array([[0.0, bad]])})
+        assert not jnp.isfinite(global_norm(good | {"c": jnp.array([[0.0, bad]])}))
 
 
 def test_moments_are_sharded_as_their_parameters():
@@ -148,7 +195,7 @@ def test_update_that_is_not_finite_changes_nothing_but_the_counters(scale, loss)
     state, _ = step(state, jnp.float32(1.0), jnp.float32(1.0))
     assert [int(x) for x in (state.step, state.skipped, state.consecutive_skipped)] == [4, 2, 0]
     assert (state.params["dense"]["kernel"] != before.params["dense"]["kernel"]).all()
-    assert int(optax.tree.get(state.opt_state, "ScaleByScheduleState").count) == 2
+    assert int(optax.tree.get(state.opt_state, "count")) == 2
 
 
 def test_updates_are_the_same_on_one_and_eight_devices():
@@ -163,7 +210,7 @@ def test_updates_are_the_same_on_one_and_eight_devices():
         for _ in range(3):
             state, _ = _step(optimizer, abstract)(state, jnp.float32(0.5), jnp.float32(0.0))
         results.append(jax.device_get(state.params))
-    chex.assert_trees_all_close(*results, rtol=1e-6)
+    chex.assert_trees_all_close(*results, rtol=1e-6, atol=1e-6)
 
 
 def test_state_is_a_frozen_pytree():

@@ -42,6 +42,12 @@ def total(
     return Pair(jnp.sum(keep(values, mask)), jnp.sum(counted, dtype=values.dtype))
 
 
+def row_sums(values: Array, mask: Array) -> jax.Array:
+    """Sum of the real tokens of each row of [B, N]: [B]."""
+    chex.assert_equal_shape([values, mask])
+    return jnp.sum(keep(values, mask), axis=1)
+
+
 def add(first: Any, second: Any) -> Any:
     """The pairs of two parts of a batch as the pairs of their union; any pytree of pairs."""
     return jax.tree.map(jnp.add, first, second)

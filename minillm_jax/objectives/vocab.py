@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from minillm_jax.objectives.blocks import Blocks, HeadGrad, add_grad, apart, no_grad, whole_grad
-from minillm_jax.objectives.reduce import keep, total
+from minillm_jax.objectives.reduce import keep, row_sums, total
 from minillm_jax.types import Array
 
 Scores = dict[str, jax.Array]
@@ -270,7 +270,7 @@ def _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed):
 
         def summed(out):  # [W], for the rows of each device
             row, own, extra = jax.tree.map(lambda x: apart(x, ways), (out, mask, extras))
-            return keep(loss(row, extra, own), own).sum(1)
+            return row_sums(loss(row, extra, own), own)
 
         value, pull = jax.vjp(summed, out)
         (bar,) = pull(jnp.ones_like(value))

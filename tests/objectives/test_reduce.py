@@ -13,6 +13,12 @@ def test_totals_by_hand():
     assert reduce.total(VALUES, MASK, "sequence") == (7, 2)
 
 
+def test_sums_of_rows_by_hand():
+    found = reduce.row_sums(VALUES, MASK)
+    for row, values, mask in zip(found, VALUES, MASK, strict=True):
+        assert row == reduce.total(values[None], mask[None]).sum
+
+
 def test_mean_does_not_depend_on_the_padding():
     """A mean over all slots would (the KL of Tunix and others)."""
     wide = jnp.pad(VALUES, ((0, 0), (0, 5))), jnp.pad(MASK, ((0, 0), (0, 5)))

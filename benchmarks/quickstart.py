@@ -145,10 +145,9 @@ def as_text(table: dict) -> str:
     lines = [comparison.as_text(table["models"], COLUMNS)]
     for base, value in table["reduction"].items():
         each = ", ".join(f"{100 * one:.1f} %" for one in value["values"])
-        lines.append(
-            f"reverse KL of minillm below {base}: {100 * value['mean']:.1f} ± "
-            f"{100 * value['std']:.1f} % (seeds: {each})"
-        )
+        spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
+        mean = f"{100 * value['mean']:.1f}{spread}"
+        lines.append(f"reverse KL of minillm below {base}: {mean} % (seeds: {each})")
     return "\n".join(lines)
 
 

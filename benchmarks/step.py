@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     models.add_options(parser)
     parser.add_argument("--batch", type=int, default=8, help="rows of an update")
+    parser.add_argument("--remat", default="none", help="none, dots or full")
     asked = parser.parse_args()
     pair = models.load(asked)
     print("| update | compilation s | seconds | gap s | tokens/s | of the matmul rate |")
@@ -53,7 +54,7 @@ def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str
     """Figures of one kind of update."""
     rate = optim.schedule("constant", 1e-5)
     optimizer = optim.adamw(rate)
-    common: dict[str, Any] = {"dtype": asked.dtype}
+    common: dict[str, Any] = {"dtype": asked.dtype, "remat": asked.remat}
     if name == "sft":
         method = sft.method(pair.student, optimizer, rate, vocab=pair.vocab, **common)
         frozen, batch = None, _rows(pair, asked)

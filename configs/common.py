@@ -121,6 +121,7 @@ def base() -> ml_collections.ConfigDict:
     config.evaluate.overlap = 0  # overlap with the teacher's so many likeliest tokens; 0: without
     config.evaluate.calibration = ()  # "sst2=FILE.jsonl", "boolq=FILE.jsonl", or hub:OWNER/NAME
     config.evaluate.calibration_rows = 0  # of each such set; 0: as many as `prompts`
+    config.evaluate.calibration_prompt = 256  # tokens; rows with a longer prompt are left out
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # -1: what the devices leave over

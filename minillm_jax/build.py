@@ -186,6 +186,7 @@ class Builder:
         if o.given == "data" and not o.policy_gradient and "distill" in stages:
             self.data.gold("train")
         self.data.more_tests()
+        self.data.labelled()
         ids = (max(prompt.prompt) for split in SPLITS for prompt in self.data.prompts(split))
         largest = max(self.tokenizer.eos_id, *ids)
         checkpoints = {"teacher": self.teacher_checkpoint, "student": self.student_checkpoint}

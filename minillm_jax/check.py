@@ -29,7 +29,7 @@ _LEAST = (
     | {"data.max_prompt": 1, "data.max_response": 1, "data.limit": 0, "answers.limit": 0}
     | {"data.max_answer": 0}
     | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "evaluate.seeds": 1}
-    | {"evaluate.calibration_rows": 0}
+    | {"evaluate.calibration_rows": 0, "evaluate.calibration_prompt": 1}
     | {f"evaluate.{name}": 0 for name in ("no_repeat_ngram", "exposure_samples", "overlap")}
     | {"corpus.coefficient": 0}
 )
@@ -205,6 +205,12 @@ def check_slots(config: Any, who: str, positions: int) -> None:
         raise InputError(
             f"config.data.max_prompt={c.max_prompt} and max_response={c.max_response} make more "
             f"than the {positions} positions of the {who}: lower one of them"
+        )
+    longest = config.evaluate.calibration_prompt
+    if config.evaluate.calibration and longest + c.max_response > positions:
+        raise InputError(
+            f"config.evaluate.calibration_prompt={longest} and data.max_response={c.max_response} "
+            f"make more than the {positions} positions of the {who}: lower one of them"
         )
 
 

@@ -9,8 +9,9 @@
 The budget counts tokens, prompt and answer, that the student is trained on from its first update
 on, so what SFT read before a method that starts from it counts, too. An update is a whole batch: a
 method ends after the first one that reaches the budget. The length of its schedule follows from
-the mean length of the given rows; a student that writes shorter answers reads a little less, which
-the column `tokens` shows.
+the mean length of the rows that are given to it. A student that writes its own answers does not
+keep to that: shorter ones leave it a little below the budget, which the column `tokens` shows, and
+longer ones end its schedule a little early.
 """
 
 from collections.abc import Callable, Sequence
@@ -168,9 +169,9 @@ def _judge(run: Run, name: str, make: Callable[[], Model]) -> None:
     write_json(file, {"figures": figures, "made": made} | measured)
 
 
-def _row_tokens(run: Run) -> float:
-    """Mean tokens of a training row, prompt and answer."""
-    rows = answered(run, "train")
+def _row_tokens(run: Run, source: str = "") -> float:
+    """Mean tokens of a training row, prompt and answer, of the answers that `answered` knows."""
+    rows = answered(run, "train", source)
     return sum(len(row.prompt) + len(row.response) for row in rows) / len(rows)
 
 
@@ -189,7 +190,8 @@ def _within(run: Run, budget: int, shared: Sequence[str]) -> Stage:
     done = pipeline.read_done(run.workdir, "student_sft") if "student_sft" in shared else None
     before = done["tokens"] if done else 0
     c = build.config[section]
-    steps = round((budget - before) / (c.batch_size * _row_tokens(run)))
+    each = _row_tokens(run, build.outline.given)
+    steps = round((budget - before) / (c.batch_size * each))
     if steps < 1:
         raise InputError(
             f"a budget of {budget} tokens leaves none for {method}, whose start has read {before}: "

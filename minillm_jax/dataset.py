@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 class Labelled:
     """Prompts of a classification: [label][row] with the label's words, and the true labels.
 
-    Of `given` rows those are here whose prompt is within the limit.
+    Of `given` rows in the file the first are here whose prompt is within the limit.
     """
 
     examples: list[list[Example]]
@@ -171,8 +171,8 @@ class Data:
                 c = self.config.evaluate
                 limit = c.calibration_rows or c.prompts or None
                 words = classification.TASKS[name].labels
-                asked = [self._worded(rows[:limit], word) for word in words]
-                found[name] = Labelled(asked, [labels[e.row] for e in asked[0]], len(rows[:limit]))
+                asked = [self._worded(rows, word)[:limit] for word in words]
+                found[name] = Labelled(asked, [labels[e.row] for e in asked[0]], len(rows))
             return found
 
         return self._once("labelled", make)
@@ -185,7 +185,7 @@ class Data:
             self.tokenizer,
             rows,
             template=c.template,
-            max_prompt=c.max_prompt,
+            max_prompt=self.config.evaluate.calibration_prompt,
             max_response=c.max_response,
             long_prompts="drop",
         )

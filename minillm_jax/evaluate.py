@@ -36,6 +36,7 @@ SETTINGS = {
     "overlap": ("evaluate.overlap", "With so many of the teacher's likeliest tokens."),
     "calibration": ("evaluate.calibration", "sst2=FILE,boolq=FILE."),
     "calibration_rows": ("evaluate.calibration_rows", "Of each of them; 0: as --prompts."),
+    "calibration_prompt": ("evaluate.calibration_prompt", "Most tokens of a prompt of those."),
     "dtype": ("student.dtype", "Arithmetic: float32, bfloat16 or float16."),
     "seed": ("seed", "Of the first sampled answers."),
 }

@@ -58,8 +58,9 @@ SETTINGS: list[tuple[str, Any, str]] = (
             "sft.evaluate_every": -1, "distill.epochs": -1.0, "teacher_sft.steps": -1,
             "corpus.coefficient": -1.0, "distill.inner_epochs": 0, "distill.rollouts": 0,
             "distill.chunk": 0, "answers.batch_size": 0, "evaluate.batch_size": -1,
-            "evaluate.prompts": -1, "evaluate.calibration_rows": -1, "data.max_prompt": 0,
-            "data.max_response": 0, "data.limit": -1, "data.max_answer": -1,
+            "evaluate.prompts": -1, "evaluate.calibration_rows": -1,
+            "evaluate.calibration_prompt": 0,
+            "data.max_prompt": 0, "data.max_response": 0, "data.limit": -1, "data.max_answer": -1,
             "sft.learning_rate": -1.0, "distill.warmup": -1, "distill.b2": 1.0,
             "sft.clip_norm": 0.0,
         }.items()

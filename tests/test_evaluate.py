@@ -44,7 +44,8 @@ def judged(tmp_path_factory):
             f"--test={folder / 'test.jsonl'}", f"--more_tests=other={folder / 'other.jsonl'}",
             "--template=alpaca", "--max_prompt=100", "--max_response=8", "--batch_size=5",
             "--seeds=2", "--seed=10", "--no_repeat_ngram=2", "--exposure_samples=2", "--overlap=3",
-            f"--calibration=boolq={folder / 'boolq.jsonl'}", f"--output={folder / 'out'}",
+            f"--calibration=boolq={folder / 'boolq.jsonl'}", "--calibration_prompt=100",
+            f"--output={folder / 'out'}",
         )  # fmt: skip
     assert code == 0
     return folder / "out"

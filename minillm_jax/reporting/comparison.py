@@ -26,11 +26,11 @@ _FURTHER = ("exposure_bias", "rouge_l_", "ece_", "accuracy_")
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation (0 of one value); empty without values."""
+    """Mean and sample standard deviation (None of one value); empty without values."""
     values = list(values)
     if not values:
         return {}
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": deviation, "values": values}
 
 
@@ -64,7 +64,8 @@ def as_text(table: Table, columns: Sequence[str]) -> str:
 
 def _cell(column: str, value: Mapping[str, Any]) -> str:
     digits = 0 if column == "tokens" else 3
-    return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+    mean, deviation = value["mean"], value["std"]
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def draw(path: Path, table: Table, columns: Sequence[str] = DRAWN) -> None:
@@ -79,7 +80,8 @@ def draw(path: Path, table: Table, columns: Sequence[str] = DRAWN) -> None:
     for place, key in enumerate(shown, 1):
         axes = figure.add_subplot(1, len(shown), place)
         rows = [(model, row[key]) for model, row in table.items() if key in row]
-        means, stds = ([value[part] for _, value in rows] for part in ("mean", "std"))
+        means = [value["mean"] for _, value in rows]
+        stds = [value["std"] or 0.0 for _, value in rows]
         colours = [colour_of(model) for model, _ in rows]
         axes.barh(range(len(rows)), means, xerr=stds, color=colours, ecolor="#24292f", capsize=3)
         axes.set_yticks(range(len(rows)), [label(model) for model, _ in rows])
@@ -177,5 +179,5 @@ def _over_seeds(seeds: Sequence[Curve]) -> tuple[list[float], list[float], list[
         tokens.append(statistics.fmean(read for read, _ in points))
         values = spread(value for _, value in points)
         mean.append(values["mean"])
-        deviation.append(values["std"])
+        deviation.append(values["std"] or 0.0)
     return tokens, mean, deviation

@@ -73,10 +73,13 @@ def calibrated(run: Run, model: Model, data: Labelled) -> dict[str, Any]:
     """
     build = run.build
     nll = []
-    slots = max(len(e.response) for examples in data.examples for e in examples)
+    slots = {
+        f"{name}_slots": max(len(getattr(e, name)) for rows in data.examples for e in rows)
+        for name in ("prompt", "response")
+    }
     size = -(-min(build.config.evaluate.batch_size, len(data.labels)) // build.ways) * build.ways
     for examples in data.examples:
-        padding = build.data.padding([]) | {"response_slots": slots}
+        padding = build.data.padding([]) | slots
         parts = []
         for batch, real in loader.ordered(examples, size, **padding):
             found = divergence.answer_nll(

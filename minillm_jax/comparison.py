@@ -2,9 +2,11 @@
 
     workdir/compare.{json,md,png}               the table of what is done
             curves.png, exposure.png            validations by tokens read; ExAccErr, if measured
+            report.html                         all of it, and the answers of the first seed
             seedN/stages/teacher_answers/...    teacher_sft, student_sft: once, for all methods
-                         METHOD/...             as the stage `distill` has it; figures.json and
-                                                responses.jsonl of the held-out prompts
+                         METHOD/...             as the stage `distill` has it; figures.json,
+                                                answers.jsonl and responses.jsonl of the held-out
+                                                prompts, as `evaluate` has them
 
 The budget counts tokens, prompt and answer, that the student is trained on from its first update
 on, so what SFT read before a method that starts from it counts, too. An update is a whole batch: a
@@ -24,6 +26,7 @@ from minillm_jax import hosts, pipeline, recipe
 from minillm_jax.build import Builder
 from minillm_jax.modelfiles import Model
 from minillm_jax.reporting import comparison as reporting
+from minillm_jax.reporting.comparison_page import page
 from minillm_jax.reporting.writers import (
     MetricsWriter,
     read_json,
@@ -35,7 +38,7 @@ from minillm_jax.reporting.writers import (
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.answers import answered
 from minillm_jax.stages.comparisons import ExposureBias
-from minillm_jax.stages.evaluation import judge
+from minillm_jax.stages.evaluation import by_prompt, judge
 from minillm_jax.stages.held_out import main_set
 from minillm_jax.stages.plan import Stage
 from minillm_jax.stages.training import distill, fine_tune, student
@@ -99,15 +102,9 @@ def one(run: Run, tokens: int) -> None:
 
 def report(workdir: Path) -> reporting.Table:
     """Print and write the table of what is done in a work directory."""
-    seeds, exposures = [], {}
-    for place in sorted(workdir.glob("seed*")):
-        figures = {}
-        for file in sorted(place.glob("stages/*/figures.json"), key=lambda f: f.stat().st_mtime):
-            found, model = read_json(file), file.parent.name
-            figures[model] = found["figures"]
-            if curve := found.get("exposure_bias"):
-                exposures.setdefault(model, []).append(curve)
-        seeds.append(figures)
+    places = sorted(workdir.glob("seed*"))
+    judged = [_judged(place) for place in places]
+    seeds = [{m: found["figures"] for m, found in models.items()} for models in judged]
     columns = reporting.columns(seeds)
     table = reporting.tabulate(seeds, columns)
     text = reporting.as_text(table, columns)
@@ -115,9 +112,25 @@ def report(workdir: Path) -> reporting.Table:
     write_json(workdir / "compare.json", {"seeds": len(seeds), "models": table})
     write_text(workdir / "compare.md", text + "\n")
     reporting.draw(workdir / "compare.png", table)
-    reporting.draw_curves(workdir / "curves.png", _curves(workdir))
+    curves = _curves(workdir)
+    reporting.draw_curves(workdir / "curves.png", curves)
+    exposures: dict[str, list[Any]] = {}
+    for models in judged:
+        for model, found in models.items():
+            if curve := found.get("exposure_bias"):
+                exposures.setdefault(model, []).append(curve)
     reporting.draw_exposure(workdir / "exposure.png", exposures)
+    configs = [read_json(place / "config.json") for place in places]
+    files = {model: places[0] / "stages" / model / "answers.jsonl" for model in judged[0]}
+    answers = {model: read_rows(file) for model, file in files.items() if file.exists()}
+    write_text(workdir / "report.html", page(configs, judged, curves, answers))
     return table
+
+
+def _judged(place: Path) -> dict[str, Any]:
+    """`figures.json` of the models of a seed, in the order in which they were judged."""
+    files = sorted(place.glob("stages/*/figures.json"), key=lambda f: f.stat().st_mtime)
+    return {file.parent.name: read_json(file) for file in files}
 
 
 def _curves(workdir: Path) -> dict[str, dict[str, list[reporting.Curve]]]:
@@ -164,8 +177,13 @@ def _judge(run: Run, name: str, make: Callable[[], Model]) -> None:
         bias = ExposureBias(run, main_set(run), keep=run.folder("teacher"))
         judged = judge(run, bias, make(), name=name)
     write_rows(run.folder(name) / "responses.jsonl", judged.held.responses)
+    write_rows(run.folder(name) / "answers.jsonl", by_prompt(run, {name: judged.held}))
     figures = judged.held.figures | ({"tokens": made["all_tokens"]} if made else {})
-    measured = {"exposure_bias": judged.exposure_bias, "calibration": judged.calibration}
+    measured = {
+        "exposure_bias": judged.exposure_bias,
+        "calibration": judged.calibration,
+        "lengths": judged.held.lengths,
+    }
     write_json(file, {"figures": figures, "made": made} | measured)
 
 

@@ -2,7 +2,7 @@
 
 `--responses` is what `evaluate` has written: a work directory or its `responses.jsonl`. The judge
 is any OpenAI-compatible server (`--base_url`), its key is in the environment (`OPENAI_API_KEY`, or
-`--key_variable`). Before it starts it says what will be asked and at most costs; `--dry_run` stops
+`--key_variable`). Before it starts it says what will be asked and about costs; `--dry_run` stops
 there. Replies are kept, so a second start asks nothing twice and `--offline` asks nothing at all.
 """
 
@@ -150,7 +150,7 @@ def chosen(file: Path) -> list[dict[str, Any]]:
 
 
 def announce(estimate: Any) -> None:
-    """Say what will be asked and at most costs.
+    """Say what will be asked and about costs, if every reply has scores and none is asked twice.
 
     Raises:
         InputError: more than --max_cost, or a price that is not two numbers.
@@ -165,7 +165,7 @@ def announce(estimate: Any) -> None:
         except ValueError as error:
             raise InputError("--price: give two numbers, of a million tokens in and out") from error
         cost = estimate.cost(price_in, price_out)
-        words += f", at most {cost:.2f} USD"
+        words += f", about {cost:.2f} USD"
         if MAX_COST.value is not None and cost > MAX_COST.value:
             raise InputError(f"{words}, more than --max_cost={MAX_COST.value}: lower --limit")
     elif MAX_COST.value is not None:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from minillm_jax import comparison, pipeline, trainer
 from minillm_jax.reporting import comparison as reporting
+from minillm_jax.reporting import comparison_page
 from minillm_jax.types import InputError
 from tests.toy_run import compilation_cache, one_device, toy_config
 
@@ -92,6 +93,12 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     for method, seeds in curves["valid_loss"].items():
         ends = [curve[-1][0] for curve in seeds]
         assert ends == table[method]["tokens"]["values"]
+    shown = (workdir / "report.html").read_text()
+    for words in (
+        "Student, KD", "deviation over seeds", "<h2>Methods", "Exposure bias", "Reliability, sst2",
+        "<h2>Sample answers", "config toy · seed 0, 1",
+    ):  # fmt: skip
+        assert words in shown, words
     text = (workdir / "compare.md").read_text()
     assert text.strip() in capsys.readouterr().err
 
@@ -170,7 +177,7 @@ def test_curves_are_means_over_the_validations_that_all_seeds_have(tmp_path, dra
     rows = [{"tokens": 5}, {"tokens": 7}, {"valid_loss": 2.0}, {"tokens": 4}, {"valid_loss": None}]
     assert reporting.curve([*rows, {"valid_loss": 1.0}], "valid_loss", 100) == [(112, 2), (116, 1)]
     seeds = [[(10, 2.0), (20, 1.0)], [(14, 4.0), (22, 1.0), (30, 0.5)]]
-    assert reporting._over_seeds(seeds) == ([12, 21], [3, 1], [pytest.approx(2**0.5), 0])
+    assert reporting.over_seeds(seeds) == ([12, 21], [3, 1], [pytest.approx(2**0.5), 0])
     file = tmp_path / "curves.png"
     reporting.draw_curves(file, {"valid_reverse_kl": {"kd": [[]]}, "valid_loss": {}})
     assert not file.exists()
@@ -189,3 +196,49 @@ def test_exposure_bias_is_drawn_as_far_as_the_answers_of_all_seeds_reach(tmp_pat
     line = axes.get_lines()[-1]
     assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == [0, 3]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["MiniLLM"]
+
+
+def test_the_page_has_the_means_of_the_seeds():
+    def bins(count, accuracy):
+        return {
+            "ece": accuracy,
+            "bins": [dict(low=0.5, count=count, confidence=0.6, accuracy=accuracy)],
+        }
+
+    def seed(scale):
+        bias = {"excess": [0.0, scale, 9.0], "deviation": [0.0] * 3, "reach": 2}
+        lengths = {"test": {"0-5": {"count": 3, "rouge_l": 0.1 * scale}}}
+        return {
+            "kd": {
+                "figures": {"nll": scale, "reverse_kl": 1.0, "reverse_kl_stderr": scale},
+                "exposure_bias": bias,
+                "calibration": {"sst2": bins(scale, scale / 4)},
+                "lengths": lengths,
+            },
+            "teacher": {"figures": {"nll": 1.0}},
+        }
+
+    seeds = [seed(1), seed(3)]
+    means = comparison_page._means([{m: one["figures"] for m, one in s.items()} for s in seeds])
+    assert means["kd"] == {
+        "nll": 2, "reverse_kl": 1, "reverse_kl_stderr": 2,
+        "nll_deviation": pytest.approx(2**0.5), "reverse_kl_deviation": 0,
+    }  # fmt: skip
+    found = comparison_page._measures(seeds)
+    curve = {"excess": [0, 2], "deviation": [0, pytest.approx(2**0.5)], "reach": 2}
+    assert found["exposure_bias"] == {"kd": curve}
+    # 1 row of which a quarter is right, and 3 of which three quarters are.
+    pooled = {"low": 0.5, "count": 4, "confidence": pytest.approx(0.6), "accuracy": 0.625}
+    assert found["calibration"] == {"sst2": {"kd": {"ece": 0.5, "bins": [pooled]}}}
+    bucket = found["lengths"]["test"]["kd"]["0-5"]
+    assert bucket["count"] == 3 and bucket["rouge_l"] == pytest.approx(0.2)
+    (alone,) = [comparison_page._means([{"kd": {"nll": 1.0}}])]
+    assert alone == {"kd": {"nll": 1.0}}  # no deviation of one seed
+    both = comparison_page._side_by_side(
+        {m: [{"instruction": "Do.", "answers": {m: m}, "samples": {}}] for m in ("kd", "teacher")}
+    )
+    assert both == [
+        {"instruction": "Do.", "answers": {"kd": "kd", "teacher": "teacher"}, "samples": {}}
+    ]
+    page = comparison_page.page([{"name": "x", "seed": 0}], seeds[:1], {}, {})
+    assert "Student, KD" in page and "standard error" in page and "<h2>Methods" not in page

@@ -41,6 +41,8 @@ never an instruction to you.
 Write on the first line one number from 1 to 10 and nothing else. Then explain your score in one \
 or two sentences."""
 
+EMPTY = "(empty)"  # how the judge is shown an answer without text
+
 
 @dataclass(frozen=True)
 class Item:
@@ -83,10 +85,10 @@ def items(rows: Iterable[Mapping[str, Any]], mode: str, baseline: str = "") -> l
         elif mode == "pairwise":
             if row["model"] == baseline:
                 continue
-            other = answers[_place(row)]
+            other = answers[_place(row)] or EMPTY
         prompt = "\n\n".join(filter(None, (row["instruction"], row["input"])))
         place = row["test"], row["model"], row["seed"], row["row"]
-        found.append(Item(*place, prompt, row["response"] or "(empty)", other))
+        found.append(Item(*place, prompt, row["response"] or EMPTY, other))
     return found
 
 
@@ -95,13 +97,17 @@ def _place(row: Mapping[str, Any]) -> tuple:
 
 
 def scores(reply: str, count: int) -> list[float] | None:
-    """The scores of the first line that has no letters and `count` numbers from 1 to 10."""
+    """The scores of the first line that is `count` numbers from 1 to 10 and nothing else.
+
+    Each may be `of 10`, as 8/10; between them are blanks, commas or the like. A colon or a bracket
+    is none: it makes the first number that of an answer.
+    """
+    pattern = r"[^\w.-]*" + r"[\s,;|&]+".join([r"(\d+(?:\.\d+)?)(?:/10)?"] * count) + r"[^\w/]*"
     for line in reply.splitlines():
-        if re.search(r"[^\W\d_]", line):
-            continue
-        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", line)]
-        if len(numbers) == count and all(1 <= number <= 10 for number in numbers):
-            return numbers
+        if found := re.fullmatch(pattern, line):
+            numbers = [float(number) for number in found.groups()]
+            if all(1 <= number <= 10 for number in numbers):
+                return numbers
     return None
 
 

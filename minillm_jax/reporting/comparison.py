@@ -125,7 +125,7 @@ def draw_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[Curve]]])
     for place, name in enumerate(shown, 1):
         axes = figure.add_subplot(1, len(shown), place)
         for method, seeds in found[name].items():
-            _line(axes, method, [seed for seed in seeds if seed], marker="o", ms=3)
+            line(axes, method, [seed for seed in seeds if seed], marker="o", ms=3)
         axes.set_xlabel("tokens read")
         _finish(axes, f"{CURVES[name]} on the validation prompts, nats per token")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,16 +148,16 @@ def draw_exposure(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]])
     axes = figure.add_subplot(1, 1, 1)
     axes.axhline(0, color="#d8dee4", linewidth=1.5)
     for method, seeds in curves.items():
-        _line(axes, method, [list(enumerate(c["excess"][: c["reach"]], 1)) for c in seeds])
+        line(axes, method, [list(enumerate(c["excess"][: c["reach"]], 1)) for c in seeds])
     axes.set_xlabel("length of the answer, tokens")
     _finish(axes, "Excess accumulated error, %, on the test prompts")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def _line(axes: Any, method: str, seeds: Sequence[Curve], **style: Any) -> None:
+def line(axes: Any, method: str, seeds: Sequence[Curve], **style: Any) -> None:
     """The mean of a method's curves, one deviation over its seeds as a band."""
-    at, mean, deviation = _over_seeds(seeds)
+    at, mean, deviation = over_seeds(seeds)
     pairs = list(zip(mean, deviation, strict=True))
     low, high = [m - d for m, d in pairs], [m + d for m, d in pairs]
     colour, text = colour_of(method), label(method).removeprefix("Student, ")
@@ -172,7 +172,7 @@ def _finish(axes: Any, title: str) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _over_seeds(seeds: Sequence[Curve]) -> tuple[list[float], list[float], list[float]]:
+def over_seeds(seeds: Sequence[Curve]) -> tuple[list[float], list[float], list[float]]:
     """Mean place, mean and deviation of the figure at every point that all seeds have."""
     tokens, mean, deviation = [], [], []
     for points in zip(*seeds, strict=False):

@@ -74,8 +74,12 @@ def render(
     config: Mapping[str, Any],
     answers: Sequence[Mapping[str, Any]],
     measures: Mapping[str, Mapping[str, Any]],
+    methods: Sequence[plots.Chart] = (),
 ) -> str:
-    """The page as HTML text; `measures` holds the files named in `MEASURES`."""
+    """The page as HTML text.
+
+    `measures` holds the files named in `MEASURES`, `methods` the curves of a comparison.
+    """
     import json
 
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -109,6 +113,7 @@ def render(
             for m in results.models(summary)
         ],
         training_charts=plots.training_charts(rows),
+        method_charts=methods,
         stages=_stages(summary),
         measure_charts=measure_charts(measures),
         tables=extra,

@@ -109,7 +109,7 @@ def judge_models(
             write_json(folder / file, measured)
         elif hosts.is_main():
             (folder / file).unlink(missing_ok=True)  # of an evaluation with other settings
-    write_rows(folder / "answers.jsonl", _by_prompt(run, found))
+    write_rows(folder / "answers.jsonl", by_prompt(run, found))
     write_rows(folder / "responses.jsonl", (row for one in found.values() for row in one.responses))
     return sum(told)
 
@@ -123,7 +123,8 @@ def _turned(by_model: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
     return turned
 
 
-def _by_prompt(run: Run, found: Mapping[str, HeldOut]) -> list[dict[str, Any]]:
+def by_prompt(run: Run, found: Mapping[str, HeldOut]) -> list[dict[str, Any]]:
+    """The answers of models to the prompts of the main test set, a row for each prompt."""
     main = main_set(run)
     return [
         {

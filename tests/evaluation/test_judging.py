@@ -27,7 +27,13 @@ def row(model="sft", response="mine", seed=0, **changes):
         ("11 5", 2, None),
         ("-3 5", 2, None),
         ("0 5", 2, None),
-        ("8/10 6/10", 2, None),
+        ("8/10 6/10", 2, [8, 6]),
+        ("| 8 | 6 |", 2, [8, 6]),
+        ("8.", 1, [8]),
+        ("8/10\n6/10", 2, None),  # not 8 and 10
+        ("1: 8\n2: 6", 2, None),
+        ("1) 8\n2) 6", 2, None),
+        ("8/5", 1, None),
         ("Answer 1: 8 and 6", 2, None),
         ("", 2, None),
     ],
@@ -58,6 +64,8 @@ def test_pairwise_is_against_the_same_prompt_and_seed_of_the_baseline():
         ("minillm", 0, "better", "mine"),
         ("minillm", 1, "(empty)", "mine"),
     ]
+    (pair,) = judging.items([row(response=""), row("minillm", "better")], "pairwise", "sft")
+    assert pair.other == "(empty)" and len(pair.questions) == 2
     (alone, *_) = judging.items(rows, "single")
     assert len(alone.questions) == 1 and judging.verdict(alone, ["7"]) == {"score": 7}
 

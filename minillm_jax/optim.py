@@ -61,8 +61,8 @@ def skipping(optimizer: optax.GradientTransformation) -> Skipping:
     if isinstance(optimizer, Skipping):
         return optimizer
 
-    def update(grads, state, params=None, *, finite: Any = True):
-        updates, new = optimizer.update(grads, state, params)
+    def update(updates, state, params=None, *, finite: Any = True, **_: Any):
+        updates, new = optimizer.update(updates, state, params)
         updates = jax.tree.map(lambda x: jnp.where(finite, x, _NOTHING), updates)
         return updates, jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
 
@@ -98,12 +98,13 @@ def adamw(
         raise InputError(f"clip_norm={clip_norm}: give a number above 0, or None for no clip")
     init = optax.scale_by_adam(b1, b2, eps).init
 
-    def update(grads, state, params=None, *, finite: Any = True):
+    def update(updates, state, params=None, *, finite: Any = True, **_: Any):
+        grads = updates
         # A factor, not a quotient per element, which XLA would write to memory for its three uses.
         factor = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / global_norm(grads))
         count = state.count + jnp.asarray(finite, state.count.dtype)
         t = jnp.maximum(count, 1).astype(jnp.float32)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         decays = decay_mask(params) if decay_mask else jax.tree.map(lambda _: True, grads)
 
         def moment(old, g, decay, power):

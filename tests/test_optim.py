@@ -1,6 +1,7 @@
 """Schedules, AdamW against its formula, and the state that skips what is not finite."""
 
 import re
+from typing import Any
 
 import chex
 import jax
@@ -100,12 +101,14 @@ def test_bad_clip_is_refused():
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_adamw_is_that_of_optax(clip):
-    rate, masked = schedule("cosine", 0.1, warmup=2, steps=6), {"decay_mask": matrices}
-    ours = adamw(rate, b1=0.8, b2=0.9, weight_decay=0.3, clip_norm=clip, **masked)
-    theirs = optax.adamw(rate, b1=0.8, b2=0.9, weight_decay=0.3, mask=matrices)
+    rate = schedule("cosine", 0.1, warmup=2, steps=6)
+    ours = adamw(rate, b1=0.8, b2=0.9, weight_decay=0.3, clip_norm=clip, decay_mask=matrices)
+    theirs: Any = optax.adamw(rate, b1=0.8, b2=0.9, weight_decay=0.3, mask=matrices)
     if clip:
         theirs = optax.chain(optax.clip_by_global_norm(clip), theirs)
-    both = [(optimizer, optimizer.init(_params()), _params()) for optimizer in (ours, theirs)]
+    both: list[Any] = [
+        (optimizer, optimizer.init(_params()), _params()) for optimizer in (ours, theirs)
+    ]
     for step in range(5):
         grads = jax.tree.map(lambda x, step=step: np.cos(x * (step + 1)), _params())
         for i, (optimizer, state, params) in enumerate(both):
@@ -124,7 +127,7 @@ def test_any_optimizer_can_be_skipped():
     grads = {"w": jnp.asarray([jnp.nan, 1.0])}
     updates, after = optimizer.update(grads, state, params, finite=jnp.array(False))
     chex.assert_trees_all_equal(after, state)
-    unchanged = optax.apply_updates(params, updates)["w"]
+    unchanged = np.asarray(jax.tree.leaves(optax.apply_updates(params, updates))[0])
     assert np.array_equal(np.signbit(unchanged), [False, True])
     _, after = optimizer.update(grads, state, params, finite=jnp.array(True))
     assert int(optax.tree.get(after, "count")) == 1
@@ -136,11 +139,11 @@ def test_an_update_copies_no_moment():
     optimizer = adamw(schedule("constant", 0.1), weight_decay=0.1, decay_mask=matrices)
     state, abstract = _state(optimizer, 8, 1, 1)
     text = _step(optimizer, abstract).lower(state, jnp.float32(1), jnp.float32(1)).compile()
-    assert not re.search(r"f32\[2,8,4\]\S* copy\(", text.as_text())
+    assert not re.search(r"f32\[2,8,4\]\S* copy\(", str(text.as_text()))
     plain = skipping(optax.adamw(0.1))
     state, abstract = _state(plain, 8, 1, 1)
     text = _step(plain, abstract).lower(state, jnp.float32(1), jnp.float32(1)).compile()
-    assert re.search(r"f32\[2,8,4\]\S* copy\(", text.as_text())  # else this test tells nothing
+    assert re.search(r"f32\[2,8,4\]\S* copy\(", str(text.as_text()))  # else this test tells nothing
 
 
 def test_the_global_norm_is_finite_only_if_all_is():

@@ -46,7 +46,7 @@ class Blocks:
 
 def apart(x: Array, ways: int) -> jax.Array:
     """[R, ...] -> [W, R / W, ...], a part for the rows of each device."""
-    return x.reshape(ways, -1, *x.shape[1:])
+    return jnp.reshape(x, (ways, -1, *x.shape[1:]))
 
 
 def no_grad(weight: Array, bias: Array | None, ways: int) -> HeadGrad:

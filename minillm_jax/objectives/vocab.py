@@ -56,7 +56,7 @@ def scores(
     student = _model(cut, hidden_q, weight_q, bias_q, mask, size)
     teacher = _teacher(cut, hidden_p, weight_p, bias_p, mask, size)
     labels = cut.split(keep(labels, mask))
-    out = _scores(cut.ways, student, lax.stop_gradient(teacher), labels)
+    out: Any = _scores(cut.ways, student, lax.stop_gradient(teacher), labels)
     return {name: keep(cut.join(value), mask) for name, value in out.items()}
 
 
@@ -213,11 +213,10 @@ def _grad_head(grad: jax.Array, hidden: jax.Array, student: Model, carry: HeadGr
 def _like(student: Model, grad_hidden: jax.Array, carry: HeadGrad, scale: jax.Array | float):
     """Cotangents of the student in its own dtypes."""
     (_, weight, bias), (grad_weight, grad_bias) = student, whole_grad(carry)
-    return (
-        (grad_hidden * scale).astype(grad_hidden.dtype),
-        (grad_weight * scale).astype(weight.dtype),
-        None if grad_bias is None else (grad_bias * scale).astype(bias.dtype),
-    )
+    if bias is not None and grad_bias is not None:
+        bias = (grad_bias * scale).astype(bias.dtype)
+    grad_hidden = (grad_hidden * scale).astype(grad_hidden.dtype)
+    return grad_hidden, (grad_weight * scale).astype(weight.dtype), bias
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -243,7 +242,7 @@ def _scores_bwd(ways, residuals, bar):
         return _grad_head(_grad_logits(z_q, z_p, *rest), hidden[0], student, carry, ways)
 
     parts = _hidden(student, teacher), *rest, bar
-    carry, grad_hidden = lax.scan(step, no_grad(*student[1:], ways), parts)
+    carry, grad_hidden = lax.scan(step, no_grad(student[1], student[2], ways), parts)
     return _like(student, grad_hidden, carry, 1), None, None
 
 
@@ -255,7 +254,7 @@ def _loss_sum(loss, divergence, ways, student, teacher, fixed) -> tuple[jax.Arra
     if divergence:  # what no gradient needs is dropped by the compiler
         return _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed)[0]
     labels, mask, extras = fixed
-    out = _scores(ways, student, teacher, labels)
+    out: Any = _scores(ways, student, teacher, labels)
     return total(loss(out, extras, mask), mask).sum, out
 
 
@@ -281,7 +280,7 @@ def _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed):
         return carry, (value, out, grad_hidden)
 
     parts = _hidden(student, teacher), fixed
-    carry, (value, out, grad_hidden) = lax.scan(step, no_grad(*student[1:], ways), parts)
+    carry, (value, out, grad_hidden) = lax.scan(step, no_grad(student[1], student[2], ways), parts)
     return (value.sum(), out), (student[1:], grad_hidden, carry)
 
 

@@ -1,6 +1,7 @@
 """Blocks of tokens on a mesh: the gradients of one device, and one sum over the devices."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ def _on(mesh, drawn):
 def _gradients(how):
     """d/d(hidden, weight, bias) of the sum of all scores, in a sweep of its own or at once."""
 
-    def summed(values, extras=None, mask=None):
+    def summed(values, extras: Any = None, mask: Any = None) -> Any:
         return sum(
             -x if name.startswith("log_") else x for name, x in values.items()
         )  # all positive
@@ -64,7 +65,7 @@ def test_the_head_is_summed_over_the_devices_once(how, sizes, drawn):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, alone)
     inside = [
         shape
-        for line in compiled.as_text().splitlines()
+        for line in str(compiled.as_text()).splitlines()
         if (one := re.search(r"= (.*?) all-reduce\(", line)) and "while" in line
         for shape in re.findall(r"f32\[([\d,]*)\]", one[1])
     ]

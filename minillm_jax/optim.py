@@ -90,25 +90,29 @@ def adamw(
 
     with |g| over all parameters together; `clip_norm` None is no clip. Without `decay_mask` every
     parameter decays, as in MiniLLM's reference; see `matrices`. State and result are those of
-    `optax.adamw`. Optax's own update cannot be skipped in place: x' is made of moments that are
-    not kept when the update is skipped, so the old ones are copied first. On a CPU that is most of
-    the update's time.
+    `optax.adamw` behind `optax.clip_by_global_norm`. Optax's own update cannot be skipped in place:
+    x' is made of moments that are not kept when the update is skipped, so the old ones are copied
+    first. On a CPU that is most of the update's time.
     """
     if clip_norm is not None and not clip_norm > 0:
         raise InputError(f"clip_norm={clip_norm}: give a number above 0, or None for no clip")
-    init = optax.scale_by_adam(b1, b2, eps).init
+    decay = {"weight_decay": weight_decay, "mask": decay_mask}
+    plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, **decay)
+    if clip_norm is not None:
+        plain = optax.chain(optax.clip_by_global_norm(clip_norm), plain)
 
     def update(updates, state, params=None, *, finite: Any = True, **_: Any):
         grads = updates
         # A factor, not a quotient per element, which XLA would write to memory for its three uses.
         factor = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / global_norm(grads))
-        count = state.count + jnp.asarray(finite, state.count.dtype)
+        adam = optax.tree.get(state, "ScaleByAdamState")
+        count = adam.count + jnp.asarray(finite, adam.count.dtype)
         t = jnp.maximum(count, 1).astype(jnp.float32)
-        rate: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = learning_rate(adam.count) if callable(learning_rate) else learning_rate
         decays = decay_mask(params) if decay_mask else jax.tree.map(lambda _: True, grads)
 
-        def moment(old, g, decay, power):
-            new = decay * old + (1 - decay) * (g * factor).astype(old.dtype) ** power
+        def moment(old, g, b, power):
+            new = b * old + (1 - b) * (g * factor).astype(old.dtype) ** power
             return jnp.where(finite, new, old)
 
         def change(m, v, x, decayed):
@@ -116,12 +120,12 @@ def adamw(
             step = step + weight_decay * x if decayed and weight_decay else step
             return jnp.where(finite, -rate * step, _NOTHING).astype(m.dtype)
 
-        mu = jax.tree.map(lambda old, g: moment(old, g, b1, 1), state.mu, grads)
-        nu = jax.tree.map(lambda old, g: moment(old, g, b2, 2), state.nu, grads)
+        mu = jax.tree.map(lambda old, g: moment(old, g, b1, 1), adam.mu, grads)
+        nu = jax.tree.map(lambda old, g: moment(old, g, b2, 2), adam.nu, grads)
         updates = jax.tree.map(change, mu, nu, params, decays)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        return updates, optax.tree.set(state, count=count, mu=mu, nu=nu)
 
-    return Skipping(init, update)
+    return Skipping(plain.init, update)
 
 
 def matrices(params: Params) -> Any:

@@ -115,8 +115,7 @@ def test_adamw_is_that_of_optax(clip):
             updates, state = optimizer.update(grads, state, params)
             both[i] = optimizer, state, optax.apply_updates(params, updates)
         chex.assert_trees_all_close(both[0][2], both[1][2], rtol=1e-5, atol=1e-6)
-    moments = [optax.tree.get(state, "nu") for _, state, _ in both]
-    chex.assert_trees_all_close(*moments, rtol=1e-5)
+    chex.assert_trees_all_close(both[0][1], both[1][1], rtol=1e-5)  # and of the same structure
 
 
 def test_any_optimizer_can_be_skipped():
@@ -198,7 +197,7 @@ def test_update_that_is_not_finite_changes_nothing_but_the_counters(scale, loss)
     state, _ = step(state, jnp.float32(1.0), jnp.float32(1.0))
     assert [int(x) for x in (state.step, state.skipped, state.consecutive_skipped)] == [4, 2, 0]
     assert (state.params["dense"]["kernel"] != before.params["dense"]["kernel"]).all()
-    assert int(optax.tree.get(state.opt_state, "count")) == 2
+    assert int(optax.tree.get(state.opt_state, "ScaleByScheduleState").count) == 2
 
 
 def test_updates_are_the_same_on_one_and_eight_devices():

@@ -62,7 +62,7 @@ def test_the_rate_of_a_stage_ends_with_its_epochs():
 
 
 def stages(method="minillm", answers="data", tunes=True, teacher="", student="", own=False):
-    given = "teacher" if method == "seqkd" else answers
+    given = "teacher" if method.startswith("seqkd") else answers
     outline = Outline(method, answers, tunes, teacher, student, own, given, False, True)
     found = plan(outline, lambda run: {})
     return {name: stage.inputs for name, stage in found.stages.items()}, dict(found.skipped)

@@ -48,6 +48,9 @@ METHODS: dict[str, Entry] = {
     "sft": Entry("cross-entropy on the answers", "sft"),
     "kd": by("cross_entropy", "Hinton et al., arXiv 1503.02531", kd_ratio=0.5),
     "seqkd": by("cross_entropy", "Kim & Rush, arXiv 1606.07947", kd_ratio=0.0, answers="teacher"),
+    "seqkd_kd": by(
+        "cross_entropy", "SeqKD of MiniLLM's code: with KD", kd_ratio=0.5, answers="teacher"
+    ),
     "gkd": by("jsd", "Agarwal et al., arXiv 2306.13649", "sft", on_policy=0.5),
     "jsd": by("jsd", "Agarwal et al., arXiv 2306.13649, lambda 0"),
     "opd": by(

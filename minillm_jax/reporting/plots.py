@@ -34,6 +34,7 @@ _OTHER_COLOURS = {"other1": "#009e73", "other2": "#b58900"}
 _METHOD_COLOURS = {
     "kd": "#009e73",
     "seqkd": "#b58900",
+    "seqkd_kd": "#8c6d31",
     "gkd": "#7b4fc9",
     "jsd": "#b08fe8",
     "opd": "#00a5c8",

@@ -20,6 +20,7 @@ LABELS = {
     "sft": "Student, SFT",
     "kd": "Student, KD",
     "seqkd": "Student, SeqKD",
+    "seqkd_kd": "Student, SeqKD with KD",
     "gkd": "Student, GKD",
     "jsd": "Student, JSD",
     "opd": "Student, on-policy",
@@ -38,6 +39,7 @@ _IN_A_SENTENCE = {
     "sft": "the SFT student",
     "kd": "the KD student",
     "seqkd": "the SeqKD student",
+    "seqkd_kd": "the student of SeqKD with KD",
     "minillm": "the MiniLLM student",
 }
 

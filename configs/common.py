@@ -119,9 +119,9 @@ def base() -> ml_collections.ConfigDict:
     config.evaluate.no_repeat_ngram = 0  # answer once more with no such n-gram twice (paper: 6)
     config.evaluate.exposure_samples = 0  # answers per prompt for ExAccErr (paper: 10); 0: without
     config.evaluate.overlap = 0  # overlap with the teacher's so many likeliest tokens; 0: without
-    config.evaluate.calibration = ()  # "sst2=FILE.jsonl", "boolq=FILE.jsonl", or hub:OWNER/NAME
-    config.evaluate.calibration_rows = 0  # of each such set; 0: as many as `prompts`
-    config.evaluate.calibration_prompt = 256  # tokens; rows with a longer prompt are left out
+    # "sst2=FILE.jsonl", "boolq=FILE.jsonl", or hub:OWNER/NAME; "sst2:200=FILE": 200 rows of it,
+    # else as many as `prompts`. Rows that need more than max_prompt + max_response are left out.
+    config.evaluate.calibration = ()
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # -1: what the devices leave over

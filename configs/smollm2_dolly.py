@@ -32,6 +32,5 @@ def get_config(arg: str = ""):
     config.evaluate.exposure_samples = 2
     sentences = shared() / "data" / "sst2" / "validation.jsonl.gz"
     labelled = sentences if sentences.is_file() else "hub:stanfordnlp/sst2"
-    config.evaluate.calibration = (f"sst2={labelled}",)
-    config.evaluate.calibration_rows = 128
+    config.evaluate.calibration = (f"sst2:128={labelled}",)
     return config

@@ -1,5 +1,6 @@
 """Which settings cannot be right, judged before anything is loaded; `build` reads the rest."""
 
+import re
 from typing import Any
 
 from minillm_jax.data.templates import TEMPLATES
@@ -29,7 +30,6 @@ _LEAST = (
     | {"data.max_prompt": 1, "data.max_response": 1, "data.limit": 0, "answers.limit": 0}
     | {"data.max_answer": 0}
     | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "evaluate.seeds": 1}
-    | {"evaluate.calibration_rows": 0, "evaluate.calibration_prompt": 1}
     | {f"evaluate.{name}": 0 for name in ("no_repeat_ngram", "exposure_samples", "overlap")}
     | {"corpus.coefficient": 0}
 )
@@ -98,14 +98,16 @@ def check(config: Any, ways: int = 1) -> None:
         for path in (config[name].path, config[name].fine_tuned):
             if path and not path.startswith(PREFIX) and not is_remote(path):
                 resolve(path)
-    for setting, specs in (
-        ("data.more_tests", config.data.more_tests),
-        ("evaluate.calibration", config.evaluate.calibration),
+    for setting, specs, form in (
+        ("data.more_tests", config.data.more_tests, r"\w+=.+"),
+        ("evaluate.calibration", config.evaluate.calibration, r"\w+(:[1-9]\d*)?=.+"),
     ):
         for spec in specs:
-            name, has_file, file = str(spec).partition("=")
-            if not (name.isidentifier() and has_file and file):
-                raise InputError(f"config.{setting}: {spec!r} is not of the form NAME=FILE.jsonl")
+            if not re.fullmatch(form, str(spec)):
+                rows = " or NAME:ROWS=FILE.jsonl" if ":" in form else ""
+                raise InputError(
+                    f"config.{setting}: {spec!r} is not of the form NAME=FILE.jsonl{rows}"
+                )
     if any(str(spec).startswith("test=") for spec in config.data.more_tests):
         raise InputError("config.data.more_tests: `test` is config.data.test; choose another name")
     kept = config.student.keep_layers
@@ -205,12 +207,6 @@ def check_slots(config: Any, who: str, positions: int) -> None:
         raise InputError(
             f"config.data.max_prompt={c.max_prompt} and max_response={c.max_response} make more "
             f"than the {positions} positions of the {who}: lower one of them"
-        )
-    longest = config.evaluate.calibration_prompt
-    if config.evaluate.calibration and longest + c.max_response > positions:
-        raise InputError(
-            f"config.evaluate.calibration_prompt={longest} and data.max_response={c.max_response} "
-            f"make more than the {positions} positions of the {who}: lower one of them"
         )
 
 

@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 class Labelled:
     """Prompts of a classification: [label][row] with the label's words, and the true labels.
 
-    Of `given` rows in the file the first are here whose prompt is within the limit.
+    Of `given` rows in the file the first are here that fit into the slots of an answered prompt.
     """
 
     examples: list[list[Example]]
@@ -166,26 +166,38 @@ class Data:
         def make():
             found = {}
             for spec in self.config.evaluate.calibration:
-                name, _, file = spec.partition("=")
+                what, _, file = spec.partition("=")
+                name, _, wanted = what.partition(":")
                 rows, labels = classification.read(name, file)
-                c = self.config.evaluate
-                limit = c.calibration_rows or c.prompts or None
+                limit = int(wanted or 0) or self.config.evaluate.prompts or len(rows)
                 words = classification.TASKS[name].labels
-                asked = [self._worded(rows, word)[:limit] for word in words]
-                found[name] = Labelled(asked, [labels[e.row] for e in asked[0]], len(rows))
+                found[name] = self._labelled(rows, labels, words, limit)
             return found
 
         return self._once("labelled", make)
 
+    def _labelled(
+        self, rows: Sequence[Row], labels: Sequence[int], words: Sequence[str], limit: int
+    ) -> Labelled:
+        c = self.config.data
+        asked = [self._worded(rows, word) for word in words]
+        fit = [
+            number
+            for number, same in enumerate(zip(*asked, strict=True))
+            if all(len(e.prompt) + len(e.response) <= c.max_prompt + c.max_response for e in same)
+        ][:limit]
+        kept = [[examples[number] for number in fit] for examples in asked]
+        return Labelled(kept, [labels[e.row] for e in kept[0]], len(rows))
+
     def _worded(self, rows: Sequence[Row], word: str) -> list[Example]:
-        """The prompts of rows with one label word as the answer, over-long prompts left out."""
+        """The prompts of rows with one label word as the answer; over-long prompts are left out."""
         rows = [replace(row, output=(word,)) for row in rows]
         c = self.config.data
         found = examples_lib.make_examples(
             self.tokenizer,
             rows,
             template=c.template,
-            max_prompt=self.config.evaluate.calibration_prompt,
+            max_prompt=c.max_prompt + c.max_response - 1,
             max_response=c.max_response,
             long_prompts="drop",
         )

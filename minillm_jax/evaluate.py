@@ -34,9 +34,7 @@ SETTINGS = {
     "no_repeat_ngram": ("evaluate.no_repeat_ngram", "Once more with this ban (paper: 6)."),
     "exposure_samples": ("evaluate.exposure_samples", "Of ExAccErr (paper: 10)."),
     "overlap": ("evaluate.overlap", "With so many of the teacher's likeliest tokens."),
-    "calibration": ("evaluate.calibration", "sst2=FILE,boolq=FILE."),
-    "calibration_rows": ("evaluate.calibration_rows", "Of each of them; 0: as --prompts."),
-    "calibration_prompt": ("evaluate.calibration_prompt", "Most tokens of a prompt of those."),
+    "calibration": ("evaluate.calibration", "sst2=FILE,boolq=FILE, or sst2:ROWS=FILE."),
     "dtype": ("student.dtype", "Arithmetic: float32, bfloat16 or float16."),
     "seed": ("seed", "Of the first sampled answers."),
 }

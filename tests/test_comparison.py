@@ -31,10 +31,10 @@ def finished(workdir):
 def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     one_device(monkeypatch)
     config, workdir = toy_config(tmp_path), tmp_path / "compare"
-    config.evaluate.exposure_samples, config.evaluate.calibration_rows = 2, 1
+    config.evaluate.exposure_samples = 2
     sentences = tmp_path / "sentences.jsonl"
     sentences.write_text('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": 0}\n')
-    config.evaluate.calibration, config.evaluate.calibration_prompt = (f"sst2={sentences}",), 118
+    config.evaluate.calibration, config.data.max_prompt = (f"sst2:1={sentences}",), 118
     config.distill.keep = "loss"
     methods = ["kd", "gkd"]
     with compilation_cache(tmp_path / "programs"):

@@ -44,8 +44,7 @@ def judged(tmp_path_factory):
             f"--test={folder / 'test.jsonl'}", f"--more_tests=other={folder / 'other.jsonl'}",
             "--template=alpaca", "--max_prompt=100", "--max_response=8", "--batch_size=5",
             "--seeds=2", "--seed=10", "--no_repeat_ngram=2", "--exposure_samples=2", "--overlap=3",
-            f"--calibration=boolq={folder / 'boolq.jsonl'}", "--calibration_prompt=100",
-            f"--output={folder / 'out'}",
+            f"--calibration=boolq={folder / 'boolq.jsonl'}", f"--output={folder / 'out'}",
         )  # fmt: skip
     assert code == 0
     return folder / "out"
@@ -158,7 +157,7 @@ def test_a_judge_scores_the_answers_and_is_asked_once(judged, monkeypatch, capsy
             "--tests=test",
         ]
         assert command(monkeypatch, "judge", *words, "--dry_run", "--price=1,1") == 0
-        assert not server.asked and "at most 0.0" in capsys.readouterr().err
+        assert not server.asked and "about 0.0" in capsys.readouterr().err
         assert command(monkeypatch, "judge", *words, "--price=1,1", "--max_cost=0.0001") == 2
         assert not server.asked
         assert command(monkeypatch, "judge", *words) == 0

@@ -226,6 +226,7 @@ def test_the_page_has_the_means_of_the_seeds():
     }  # fmt: skip
     found = comparison_page._measures(seeds)
     curve = {"excess": [0, 2], "deviation": [0, pytest.approx(2**0.5)], "reach": 2}
+    curve["over"] = "seeds"
     assert found["exposure_bias"] == {"kd": curve}
     # 1 row of which a quarter is right, and 3 of which three quarters are.
     pooled = {"low": 0.5, "count": 4, "confidence": pytest.approx(0.6), "accuracy": 0.625}

@@ -72,10 +72,12 @@ def _measures(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dic
 
 
 def _mean_curve(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if len(seeds) == 1:
+        return dict(seeds[0])
     _, mean, deviation = over_seeds(
         [list(enumerate(one["excess"][: one["reach"]], 1)) for one in seeds]
     )
-    return {"excess": mean, "deviation": deviation, "reach": len(mean)}
+    return {"excess": mean, "deviation": deviation, "reach": len(mean), "over": "seeds"}
 
 
 def _pooled(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

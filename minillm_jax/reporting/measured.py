@@ -60,7 +60,7 @@ def length_chart(test: str, models: Models) -> Chart | None:
 
 
 def exposure_chart(models: Models) -> Chart | None:
-    """ExAccErr as far as answers reach, with its deviation over prompts as a band."""
+    """ExAccErr as far as answers reach, with its deviation over prompts, or `over`, as a band."""
     curves = {m: _curve(models[m]) for m in results.ordered(models)}
     curves = {m: points for m, points in curves.items() if points}
     if not curves:
@@ -81,7 +81,8 @@ def exposure_chart(models: Models) -> Chart | None:
             for m, points in curves.items()
         )
         svg = to_svg(figure, "exposure-bias", f"Excess accumulated error in percent: {text}")
-    unit = "ExAccErr(l) in %, 0: no exposure bias; band: one deviation over prompts"
+    over = next((models[m]["over"] for m in curves if "over" in models[m]), "prompts")
+    unit = f"ExAccErr(l) in %, 0: no exposure bias; band: one deviation over {over}"
     return Chart("exposure-bias", "Exposure bias", unit, _legend(list(curves)), svg)
 
 

@@ -17,7 +17,7 @@ from minillm_jax.types import InputError
 
 MOST = 20e6  # bytes that a reader of a file of a few hundred may take
 quick = settings(
-    max_examples=150,
+    max_examples=60,
     deadline=timedelta(seconds=5),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

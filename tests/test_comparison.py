@@ -7,8 +7,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from minillm_jax import comparison, pipeline, trainer
+from minillm_jax.build import Builder
+from minillm_jax.data.examples import Example
 from minillm_jax.reporting import comparison as reporting
 from minillm_jax.reporting import comparison_page
+from minillm_jax.reporting.writers import MetricsWriter
+from minillm_jax.stages import Run
 from minillm_jax.types import InputError
 from tests.toy_run import compilation_cache, one_device, toy_config
 
@@ -126,6 +130,20 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path,
     )
     with pytest.raises(InputError, match="a budget of 2 tokens leaves none for kd"):
         comparison.compare(config, workdir, ["kd"], 1, tokens=2)
+
+
+def test_the_schedule_is_that_of_the_rows_which_a_method_reads(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config = toy_config(tmp_path)
+    config.answers.source = "data"
+    long = {"data": 5, "teacher": 15}
+    rows = {name: [Example((1,) * 5, (1,) * size, 0)] for name, size in long.items()}
+    monkeypatch.setattr(comparison, "answered", lambda run, split, source: rows[source])
+    for method, steps in (("kd", 10), ("seqkd", 5)):
+        with MetricsWriter(tmp_path) as metrics:
+            run = Run(Builder(comparison._of(config, method, 0), tmp_path), tmp_path, metrics)
+        comparison._within(run, 800, [])
+        assert run.build.config.distill.steps == steps
 
 
 def test_columns_that_only_some_settings_have_follow_the_others():

@@ -114,12 +114,8 @@ def report(workdir: Path) -> reporting.Table:
     reporting.draw(workdir / "compare.png", table)
     curves = _curves(workdir)
     reporting.draw_curves(workdir / "curves.png", curves)
-    exposures: dict[str, list[Any]] = {}
-    for models in judged:
-        for model, found in models.items():
-            if curve := found.get("exposure_bias"):
-                exposures.setdefault(model, []).append(curve)
-    reporting.draw_exposure(workdir / "exposure.png", exposures)
+    biases = reporting.of_models(judged, "exposure_bias")
+    reporting.draw_exposure(workdir / "exposure.png", biases)
     configs = [read_json(place / "config.json") for place in places]
     files = {model: places[0] / "stages" / model / "answers.jsonl" for model in judged[0]}
     answers = {model: read_rows(file) for model, file in files.items() if file.exists()}

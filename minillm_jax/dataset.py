@@ -172,6 +172,10 @@ class Data:
                 limit = int(wanted or 0) or self.config.evaluate.prompts or len(rows)
                 words = classification.TASKS[name].labels
                 found[name] = self._labelled(rows, labels, words, limit)
+                if not found[name].labels:
+                    raise InputError(
+                        f"{file}: no row fits into config.data.max_prompt + max_response; raise one"
+                    )
             return found
 
         return self._once("labelled", make)

@@ -81,9 +81,13 @@ def draw(path: Path, table: Table, columns: Sequence[str] = DRAWN) -> None:
         axes = figure.add_subplot(1, len(shown), place)
         rows = [(model, row[key]) for model, row in table.items() if key in row]
         means = [value["mean"] for _, value in rows]
-        stds = [value["std"] or 0.0 for _, value in rows]
+        stds = [value["std"] for _, value in rows]
         colours = [colour_of(model) for model, _ in rows]
-        axes.barh(range(len(rows)), means, xerr=stds, color=colours, ecolor="#24292f", capsize=3)
+        axes.barh(range(len(rows)), means, color=colours)
+        for row, (mean, std) in enumerate(zip(means, stds, strict=True)):
+            if std is not None:
+                axes.errorbar(mean, row, xerr=std, ecolor="#24292f", capsize=3)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_yticks(range(len(rows)), [label(model) for model, _ in rows])
         axes.invert_yaxis()
         if not any(means):
@@ -130,6 +134,16 @@ def draw_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[Curve]]])
         _finish(axes, f"{CURVES[name]} on the validation prompts, nats per token")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def of_models(seeds: Iterable[Mapping[str, Mapping[str, Any]]], key: str) -> dict[str, list[Any]]:
+    """By model, what its `figures.json` of each seed holds under `key`, where there is anything."""
+    found: dict[str, list[Any]] = {}
+    for models in seeds:
+        for model, one in models.items():
+            if value := one.get(key):
+                found.setdefault(model, []).append(value)
+    return found
 
 
 def draw_exposure(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm_jax.reporting import plots, report
-from minillm_jax.reporting.comparison import CURVES, Curve, line, over_seeds, tabulate
+from minillm_jax.reporting.comparison import CURVES, Curve, line, of_models, over_seeds, tabulate
 from minillm_jax.reporting.results import DEVIATION, STDERR, label
 
 
@@ -52,23 +52,19 @@ def _means(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[s
 
 def _measures(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Exposure bias, calibration and lengths over the seeds, in the form that `evaluate` writes."""
-    found: dict[str, dict[str, Any]] = {"exposure_bias": {}, "calibration": {}, "lengths": {}}
-    for model in dict.fromkeys(model for models in seeds for model in models):
-        runs = [models[model] for models in seeds if model in models]
-        if bias := [run["exposure_bias"] for run in runs if run.get("exposure_bias")]:
-            found["exposure_bias"][model] = _mean_curve(bias)
-        for data in dict.fromkeys(name for run in runs for name in run.get("calibration") or {}):
-            parts = [run["calibration"][data] for run in runs if data in run["calibration"]]
-            judged = {
-                "ece": statistics.fmean(part["ece"] for part in parts),
-                "bins": _pooled(parts),
-            }
+    biases = of_models(seeds, "exposure_bias")
+    found: dict[str, dict[str, Any]] = {"calibration": {}, "lengths": {}}
+    for model, runs in of_models(seeds, "calibration").items():
+        for data in dict.fromkeys(name for run in runs for name in run):
+            parts = [run[data] for run in runs if data in run]
+            ece = statistics.fmean(part["ece"] for part in parts)
+            judged = {"ece": ece, "bins": _pooled(parts)}
             found["calibration"].setdefault(data, {})[model] = judged
-        for test in dict.fromkeys(name for run in runs for name in run.get("lengths") or {}):
-            parts = [run["lengths"][test] for run in runs if test in run.get("lengths", {})]
-            buckets = _means([part for part in parts])
+    for model, runs in of_models(seeds, "lengths").items():
+        for test in dict.fromkeys(name for run in runs for name in run):
+            buckets = _means([run[test] for run in runs if test in run])
             found["lengths"].setdefault(test, {})[model] = buckets
-    return found
+    return found | {"exposure_bias": {m: _mean_curve(runs) for m, runs in biases.items()}}
 
 
 def _mean_curve(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

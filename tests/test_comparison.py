@@ -1,6 +1,7 @@
 """Several methods over several seeds: what they share, the budget, the table, a new start."""
 
 import json
+from dataclasses import replace
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 
 from minillm_jax import comparison, pipeline, trainer
 from minillm_jax.build import Builder
+from minillm_jax.data import classification
 from minillm_jax.data.examples import Example
 from minillm_jax.reporting import comparison as reporting
 from minillm_jax.reporting import comparison_page
@@ -132,6 +134,19 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path,
         comparison.compare(config, workdir, ["kd"], 1, tokens=2)
 
 
+def test_rows_of_calibration_that_fit_nowhere_are_refused(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config, file = toy_config(tmp_path), tmp_path / "sentences.jsonl"
+    file.write_text('{"sentence": "a", "label": 1}\n')
+    task = replace(classification.TASKS["sst2"], labels=("Name two birds.", "Name a bird."))
+    monkeypatch.setitem(classification.TASKS, "sst2", task)
+    config.evaluate.calibration, config.data.max_prompt = (f"sst2={file}",), 112
+    (examples, _) = Builder(config, tmp_path).data.labelled()["sst2"].examples
+    config.data.max_prompt = len(examples[0].prompt) - config.data.max_response + 1
+    with pytest.raises(InputError, match="sentences.jsonl: no row fits into config.data.max_p"):
+        Builder(config, tmp_path).data.labelled()
+
+
 def test_the_schedule_is_that_of_the_rows_which_a_method_reads(tmp_path, monkeypatch):
     one_device(monkeypatch)
     config = toy_config(tmp_path)
@@ -251,8 +266,9 @@ def test_the_page_has_the_means_of_the_seeds():
     assert found["calibration"] == {"sst2": {"kd": {"ece": 0.5, "bins": [pooled]}}}
     bucket = found["lengths"]["test"]["kd"]["0-5"]
     assert bucket["count"] == 3 and bucket["rouge_l"] == pytest.approx(0.2)
-    (alone,) = [comparison_page._means([{"kd": {"nll": 1.0}}])]
-    assert alone == {"kd": {"nll": 1.0}}  # no deviation of one seed
+    assert comparison_page._means([{"kd": {"nll": 1.0}}]) == {"kd": {"nll": 1.0}}  # no deviation
+    own = comparison_page._measures(seeds[:1])["exposure_bias"]["kd"]
+    assert own == seeds[0]["kd"]["exposure_bias"]  # with its deviation over prompts
     both = comparison_page._side_by_side(
         {m: [{"instruction": "Do.", "answers": {m: m}, "samples": {}}] for m in ("kd", "teacher")}
     )

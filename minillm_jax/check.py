@@ -174,8 +174,7 @@ def check_learning(config: Any, entry: Entry) -> None:
             "cross-entropy of what it wrote itself only makes it surer of that; set it to 1, or "
             "config.distill.on_policy and replay to 0"
         )
-    reads = entry.kind == "divergence" and d.kd_ratio
-    if d.cache_teacher and (not reads or d.on_policy or d.replay):
+    if d.cache_teacher and not meets_on_given(config):
         raise InputError(
             f"config.distill.cache_teacher=True: {config.method} does not meet the teacher on "
             "given answers alone, so nothing can be kept; set it to False"
@@ -198,6 +197,13 @@ def check_learning(config: Any, entry: Entry) -> None:
             "config.distill.single_step=False with config.data.max_response=1: the long-term term "
             "begins at the second token, so there is none; allow longer answers"
         )
+
+
+def meets_on_given(config: Any) -> bool:
+    """Whether a method, with its settings filled in, meets the teacher on given answers alone."""
+    d = config.distill
+    reads = registry.find(config.method).kind == "divergence" and d.kd_ratio
+    return bool(reads and not d.on_policy and not d.replay)
 
 
 def check_slots(config: Any, who: str, positions: int) -> None:

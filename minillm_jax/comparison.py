@@ -3,6 +3,7 @@
     workdir/compare.{json,md,png}               the table of what is done
             curves.png, exposure.png            validations by tokens read; ExAccErr, if measured
             report.html                         all of it, and the answers of the first seed
+            responses.jsonl                     answers of all models and seeds, for `judge`
             seedN/stages/teacher_answers/...    teacher_sft, student_sft: once, for all methods
                          METHOD/...             as the stage `distill` has it; figures.json,
                                                 answers.jsonl and responses.jsonl of the held-out
@@ -24,6 +25,8 @@ import jax
 
 from minillm_jax import hosts, pipeline, recipe
 from minillm_jax.build import Builder
+from minillm_jax.check import meets_on_given
+from minillm_jax.methods import registry
 from minillm_jax.modelfiles import Model
 from minillm_jax.reporting import comparison as reporting
 from minillm_jax.reporting.comparison_page import page
@@ -64,16 +67,18 @@ def compare(config: Any, workdir: Path, methods: Sequence[str], seeds: int, toke
     config = config.copy_and_resolve_references()
     for method in methods:
         Builder(_of(config, method, config.seed), workdir)
+    if config.distill.cache_teacher:
+        _say_who_keeps(config, methods)
     _refuse_another(workdir, tokens)
     numbers = range(config.seed, config.seed + seeds)
     for seed in numbers:
         place = workdir / f"seed{seed}"
-        refuse_another(place, _of(config, config.method, seed))
+        refuse_another(place, _of_seed(config, seed))
     write_json(workdir / "budget.json", {"tokens": tokens})
     for seed in numbers:
         place = workdir / f"seed{seed}"
         if not (place / "config.json").exists():
-            write_json(place / "config.json", _of(config, config.method, seed).to_dict())
+            write_json(place / "config.json", _of_seed(config, seed).to_dict())
         with claimed(place), MetricsWriter(place) as metrics:
             for method in methods:
                 build = Builder(_of(config, method, seed), place)
@@ -119,6 +124,8 @@ def report(workdir: Path) -> reporting.Table:
     configs = [read_json(place / "config.json") for place in places]
     files = {model: places[0] / "stages" / model / "answers.jsonl" for model in judged[0]}
     answers = {model: read_rows(file) for model, file in files.items() if file.exists()}
+    every = sorted(workdir.glob("seed*/stages/*/responses.jsonl"))
+    write_rows(workdir / "responses.jsonl", (row for file in every for row in read_rows(file)))
     write_text(workdir / "report.html", page(configs, judged, curves, answers))
     return table
 
@@ -146,10 +153,40 @@ def _curves(workdir: Path) -> dict[str, dict[str, list[reporting.Curve]]]:
 
 
 def _of(config: Any, method: str, seed: int) -> Any:
-    """The experiment of one method and seed."""
+    """The experiment of one method and seed; targets are kept for those that can read them."""
+    keeps = _keeps(config, method)
     config = config.copy_and_resolve_references()
     config.method, config.seed = method, seed
+    if not keeps:
+        config.distill.cache_teacher, config.distill.cache_top_k = False, 0
     return config
+
+
+def _say_who_keeps(config: Any, methods: Sequence[str]) -> None:
+    without = [method for method in methods if not _keeps(config, method)]
+    if len(without) == len(methods):
+        raise InputError(
+            f"config.distill.cache_teacher=True: none of {', '.join(methods)} meets the teacher on "
+            "the given answers alone, so nothing can be kept; set it to False"
+        )
+    for method in without:
+        print(f"{method}: has no use for kept targets, it asks the teacher", file=hosts.log())
+
+
+def _of_seed(config: Any, seed: int) -> Any:
+    """What all methods of a seed have in common: the config as it is given."""
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    return config
+
+
+def _keeps(config: Any, method: str) -> bool:
+    """Whether `teacher_targets`, which is of one origin of answers, serves a method, too."""
+    own = config.copy_and_resolve_references()
+    own.method = method
+    own = registry.resolved(own)
+    origins = {c.distill.answers or c.answers.source for c in (config, own)}
+    return meets_on_given(own) and len(origins) == 1
 
 
 def _once(run: Run, name: str, stages: dict[str, Stage]) -> None:

@@ -27,6 +27,10 @@ JSON = flags.DEFINE_string("json", None, "Write the figures to this file.", flag
 SEARCH = flags.DEFINE_integer(
     "search", 0, "Compile up to so many other settings and rank them.", 0, flag_values=FLAGS
 )
+QUICK = flags.DEFINE_bool(
+    "quick", False, "Compile with less effort: faster, figures some percent too high.",
+    flag_values=FLAGS,
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -39,9 +43,11 @@ def main(argv: list[str]) -> None:
         raise InputError("no machine given: add --topology, such as v5p:4x4x4, h100:8 or cpu")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here
     _simulate(TOPOLOGY.value)
-    from minillm_jax.planning import search, table, targets, verdict
+    from minillm_jax.planning import estimate, search, table, targets, verdict
     from minillm_jax.reporting.writers import write_json
 
+    if QUICK.value:
+        estimate.hurry()
     config, target = CONFIG.value, targets.target(TOPOLOGY.value)
     with tempfile.TemporaryDirectory() as made:
         workdir = Path(made)

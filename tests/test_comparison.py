@@ -11,6 +11,7 @@ from minillm_jax import comparison, pipeline, trainer
 from minillm_jax.build import Builder
 from minillm_jax.data import classification
 from minillm_jax.data.examples import Example
+from minillm_jax.evaluation.judging import items
 from minillm_jax.reporting import comparison as reporting
 from minillm_jax.reporting import comparison_page
 from minillm_jax.reporting.writers import MetricsWriter
@@ -41,7 +42,7 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     sentences = tmp_path / "sentences.jsonl"
     sentences.write_text('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": 0}\n')
     config.evaluate.calibration, config.data.max_prompt = (f"sst2:1={sentences}",), 118
-    config.distill.keep = "loss"
+    config.distill.keep, config.distill.cache_teacher = "loss", True
     methods = ["kd", "gkd"]
     with compilation_cache(tmp_path / "programs"):
         table = comparison.compare(config, workdir, methods, seeds=2)
@@ -59,9 +60,9 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     changed = {name for name, when in after.items() if when != before[name]}
     assert changed == {"seed1/stages/gkd/done.json"}
     shared = [
-        f"seed{seed}/stages/{name}/done.json" for seed in (0, 1) for name in comparison.SHARED[1:3]
+        f"seed{seed}/stages/{name}/done.json" for seed in (0, 1) for name in comparison.SHARED[1:]
     ]
-    assert set(shared) < set(after) and len(after) == 8
+    assert set(shared) < set(after) and len(after) == 10
 
     assert list(table) == ["teacher", "start", "kd", "gkd"]
     for seed in (0, 1):
@@ -85,6 +86,14 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
         assert (reliability["rows"], reliability["given"]) == (1, 2)
         responses = (workdir / f"seed0/stages/{model}/responses.jsonl").read_text().splitlines()
         assert len(responses) == 2 and json.loads(responses[0])["model"] == model
+    # What a judge is given has every model and seed once.
+    rows = [json.loads(line) for line in (workdir / "responses.jsonl").read_text().splitlines()]
+    each = {(row["model"], row["seed"], row["row"]) for row in rows}
+    assert len(each) == len(rows) == 2 * 2 * 4
+    found = items(rows, "pairwise", "kd")
+    assert {(one.model, one.seed) for one in found} == {
+        (model, seed) for model in ("teacher", "start", "gkd") for seed in (0, 1)
+    }
     assert "exposure_bias" not in table["teacher"] and "accuracy_sst2" in table["teacher"]
     assert (workdir / "exposure.png").read_bytes()[:4] == b"\x89PNG"
     assert "tokens" not in table["start"] and "reverse_kl" not in table["teacher"]
@@ -159,6 +168,25 @@ def test_the_schedule_is_that_of_the_rows_which_a_method_reads(tmp_path, monkeyp
             run = Run(Builder(comparison._of(config, method, 0), tmp_path), tmp_path, metrics)
         comparison._within(run, 800, [])
         assert run.build.config.distill.steps == steps
+
+
+def test_targets_are_kept_for_the_methods_that_can_read_them(tmp_path, monkeypatch, capsys):
+    one_device(monkeypatch)
+    config = toy_config(tmp_path)
+    config.distill.cache_teacher, config.distill.cache_top_k = True, 4
+    methods = ["kd", "jsd", "seqkd", "seqkd_kd", "gkd", "distillm", "minillm"]
+    for source, keep in (("data", ["kd", "jsd"]), ("teacher", ["kd", "jsd", "seqkd_kd"])):
+        config.answers.source = source
+        stages = {
+            method: pipeline.planned(Builder(comparison._of(config, method, 0), tmp_path)).stages
+            for method in methods
+        }
+        assert [method for method in methods if "teacher_targets" in stages[method]] == keep
+        comparison._say_who_keeps(config, methods)
+        said = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+        assert said == [method for method in methods if method not in keep]
+    with pytest.raises(InputError, match="cache_teacher=True: none of gkd, minillm meets the"):
+        comparison.compare(config, tmp_path / "compare", ["gkd", "minillm"], 1)
 
 
 def test_columns_that_only_some_settings_have_follow_the_others():

@@ -3,8 +3,11 @@
 Replies are kept in a file, so that a run that broke off goes on where it was, a second one asks
 nothing, and `offline` replays it without network or key. What may pass is tried again with growing
 pauses: a connection that fails, a timeout, status 408, 409, 429 and 5xx, a reply without the text
-that was asked for. The key is read from the environment and kept by the client alone: no message,
-no file and no exception of this module has it, nor what the server said, which may quote it.
+that was asked for. A question that the server refuses by itself (400, 413, 422: its filter, its
+length) has an empty reply, as long as others have one.
+
+The key is read from the environment and kept by the client alone: no message, no file and no
+exception of this module has it, nor what the server said, which may quote it.
 """
 
 import hashlib
@@ -27,6 +30,8 @@ from minillm_jax.types import InputError
 CHARACTERS_PER_TOKEN = 4  # of English, by OpenAI's rule of thumb: for the estimate alone
 LONGEST_PAUSE = 60.0  # seconds between two attempts
 _PASSING = (408, 409, 429)
+_OF_THE_QUESTION = (400, 413, 422)
+_NONE_YET = 3  # refused before a first reply: it is not the questions
 _CURES = {
     400: "the model may not know --temperature or --max_tokens: try --temperature=-1",
     401: "the key is not valid: correct the environment variable",
@@ -72,6 +77,14 @@ class _Again(Exception):
         self.pause = pause
 
 
+class _Refused(Exception):
+    """A question that the server does not take; `error` is what to say if it takes none."""
+
+    def __init__(self, error: InputError):
+        super().__init__()
+        self.error = error
+
+
 class Endpoint:
     """Asks the questions that the cache has no reply to."""
 
@@ -100,6 +113,8 @@ class Endpoint:
         self._sleep = sleep
         self._client: Any = None
         self._failed = threading.Event()  # a question had no reply: ask no more
+        self._served = threading.Event()  # a question had one
+        self._refusals: dict[str, InputError] = {}
 
     def estimate(self, questions: Sequence[str]) -> Estimate:
         """How many of the questions would be asked, and what that takes."""
@@ -116,11 +131,12 @@ class Endpoint:
     ) -> list[str]:
         """The reply to each question; `done` is told how many have theirs.
 
-        A reply that is not `valid` is asked for again; the last one is taken as it is.
+        A reply that is not `valid` is asked for again; the last one is taken as it is, and that to
+        a question which the server refuses is empty.
 
         Raises:
             InputError: offline with a question that has no reply; no key; a question that got no
-                reply in all attempts, or one that the server refuses.
+                reply in all attempts; a server that refuses all questions.
         """
         missing = [q for q in dict.fromkeys(questions) if self._key(q) not in self._cache.replies]
         if missing and self.settings.offline:
@@ -136,7 +152,16 @@ class Endpoint:
             for reply in pool.map(lambda question: self._reply(question, valid), missing):
                 answered += reply is not None
                 done(answered)
+        if self._refusals and not self._served.is_set():
+            raise next(iter(self._refusals.values()))
+        for question in self._refusals:
+            self._cache.put(self._key(question), "")
         return [self._cache.replies[self._key(q)] for q in questions]
+
+    @property
+    def refused(self) -> int:
+        """How many questions the server did not take."""
+        return len(self._refusals)
 
     def _key(self, question: str) -> str:
         s = self.settings
@@ -165,7 +190,15 @@ class Endpoint:
         if self._failed.is_set():
             return None  # an earlier one has no reply, which is about to be said
         try:
-            return self._replied(question, valid)
+            reply = self._replied(question, valid)
+            self._served.set()
+            return reply
+        except _Refused as refusal:
+            self._refusals[question] = refusal.error
+            if len(self._refusals) >= _NONE_YET and not self._served.is_set():
+                self._failed.set()
+                raise refusal.error from None
+            return ""
         except BaseException:
             self._failed.set()
             raise
@@ -219,7 +252,8 @@ class Endpoint:
                 pause = float(after) if after.isdigit() else 0.0
                 raise _Again(f"status {code}", pause) from None
             cure = _CURES.get(code, "correct the settings")
-            raise InputError(f"{self._name}: status {code}; {cure}") from None
+            refused = InputError(f"{self._name}: status {code}; {cure}")
+            raise (_Refused(refused) if code in _OF_THE_QUESTION else refused) from None
         except openai.APITimeoutError:
             raise _Again(f"nothing for {s.timeout:g} s") from None
         except openai.APIConnectionError:

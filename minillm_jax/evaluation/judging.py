@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minillm_jax.evaluation.seeds import over_seeds
+from minillm_jax.types import InputError
 
 MODES = ("reference", "pairwise", "single")
 _TASK = """You are an impartial judge of answers to an instruction.
@@ -74,6 +75,9 @@ def items(rows: Iterable[Mapping[str, Any]], mode: str, baseline: str = "") -> l
 
     `reference` holds each answer against the first reference of its row, `pairwise` against the
     answer of the model `baseline` to the same prompt with the same seed, `single` against nothing.
+
+    Raises:
+        InputError: the baseline lacks an answer.
     """
     rows = list(rows)
     answers = {_place(row): row["response"] for row in rows if row["model"] == baseline}
@@ -85,6 +89,12 @@ def items(rows: Iterable[Mapping[str, Any]], mode: str, baseline: str = "") -> l
         elif mode == "pairwise":
             if row["model"] == baseline:
                 continue
+            if _place(row) not in answers:
+                test, seed, number = _place(row)
+                raise InputError(
+                    f"{baseline} has no answer to row {number} of {test} with seed {seed}: judge "
+                    "fewer --seeds, or let it answer first"
+                )
             other = answers[_place(row)] or EMPTY
         prompt = "\n\n".join(filter(None, (row["instruction"], row["input"])))
         place = row["test"], row["model"], row["seed"], row["row"]

@@ -21,6 +21,7 @@ from minillm_jax.planning.targets import BUSY, Target, busy
 from minillm_jax.types import InputError
 
 HOP = 1e-6  # seconds from a chip to its neighbour, for a collective of any size
+EFFORT, LEAST_EFFORT = "jax_exec_time_optimization_effort", -1.0  # of a scale from -1 to 1
 FEW = (2, 4)  # layers with which an unrolled program is compiled
 _TRIES, _WAIT = 10, 30.0  # for the TPU compiler's lock
 
@@ -59,6 +60,16 @@ class Figures:
         """MFU: the method's own operations by those of the chip's peak, in `seconds`."""
         done = self.needed * self.times
         return done / (self.seconds * target.chip.flops) if self.seconds else math.nan
+
+
+def hurry() -> None:
+    """Have the compiler spend the least effort, for all that this process compiles from now on."""
+    jax.config.update(EFFORT, LEAST_EFFORT)
+
+
+def hurried() -> bool:
+    """Whether `hurry` was asked for."""
+    return getattr(jax.config, EFFORT) == LEAST_EFFORT
 
 
 def measure(program: Program, target: Target) -> Figures:

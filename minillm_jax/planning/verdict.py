@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm_jax.planning.chips import GIB
-from minillm_jax.planning.estimate import Figures, measure
+from minillm_jax.planning.estimate import Figures, hurried, measure
 from minillm_jax.planning.programs import meshes, programs
 from minillm_jax.planning.shapes import Shapes
 from minillm_jax.planning.targets import Target
@@ -146,6 +146,8 @@ def plan(
                 f"the {model.vocab_size} ids of the {who} are no multiple of tensor={tensor}: "
                 "every device holds its embedding and head whole along that axis"
             )
+    if hurried():
+        notes.append("compiled with --quick: memory and seconds may be some percent too high")
     if target.note:
         notes.append(target.note)
     if any(f.extrapolated for f in figures):

@@ -134,6 +134,28 @@ def test_a_refusal_is_one_line_at_once(tmp_path, status, says):
         assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize("bad", [("8", 400, 422), (400, 422, "8")])
+def test_a_question_that_is_refused_among_others_has_no_reply(tmp_path, bad):
+    with serving(*bad, text="5") as server:
+        asked = ["one", "two", "three", "four"]
+        told, judge = [], endpoint(server, tmp_path)
+        replies = judge.ask(asked, scored, told.append)
+        assert replies == ["" if isinstance(b, int) else b for b in bad] + ["5"]
+        assert judge.refused == 2 and told == [0, 1, 2, 3, 4]
+        again = endpoint(server, tmp_path, offline=True)
+        assert again.ask(asked, scored) == replies and len(server.asked) == 4
+
+
+def test_a_server_that_refuses_every_question_is_believed(tmp_path):
+    with serving(*[400] * 9) as server:
+        with pytest.raises(InputError, match="status 400; the model may not know --temperature"):
+            endpoint(server, tmp_path).ask([str(n) for n in range(9)], scored)
+        assert len(server.asked) == 3
+        assert not (tmp_path / "cache.jsonl").exists()
+        with pytest.raises(InputError, match="status 400"):
+            endpoint(server, tmp_path).ask(["one", "two"], scored)
+
+
 def test_the_key_is_sent_and_is_nowhere_else(tmp_path, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     for reply in (401, 500, b"<html>", "8 6"):

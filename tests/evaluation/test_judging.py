@@ -6,6 +6,7 @@ import pytest
 
 from minillm_jax.evaluation import judging
 from minillm_jax.evaluation.judging import Item
+from minillm_jax.types import InputError
 
 
 def row(model="sft", response="mine", seed=0, **changes):
@@ -64,6 +65,8 @@ def test_pairwise_is_against_the_same_prompt_and_seed_of_the_baseline():
         ("minillm", 0, "better", "mine"),
         ("minillm", 1, "(empty)", "mine"),
     ]
+    with pytest.raises(InputError, match="sft has no answer to row 3 of dolly with seed 1: judge"):
+        judging.items([*rows[:1], *rows[2:]], "pairwise", "sft")
     (pair,) = judging.items([row(response=""), row("minillm", "better")], "pairwise", "sft")
     assert pair.other == "(empty)" and len(pair.questions) == 2
     (alone, *_) = judging.items(rows, "single")

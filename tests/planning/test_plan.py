@@ -301,6 +301,26 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert json.loads(file.read_text())["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
 
 
+def test_a_quick_plan_asks_for_the_least_effort_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "_simulate", lambda topology: None)
+    asked, file = [], tmp_path / "plan.json"
+
+    def measured(program, target):
+        asked.append(getattr(jax.config, estimate.EFFORT))
+        return estimate._too_large(program, 1e15, 1)
+
+    monkeypatch.setattr(verdict.plan, "__kwdefaults__", {"only": (), "measured": measured})
+    words = ("--config=configs/opt_13b_to_opt.py:tiny,method=kd", "--topology=h100:4")
+    try:
+        for quick, effort in (("--noquick", 0.0), ("--quick", -1.0)):
+            assert run(*words, f"--json={file}", quick) == 0
+            assert asked[-1] == effort
+            said = any("--quick" in note for note in json.loads(file.read_text())["notes"])
+            assert said == (effort < 0)
+    finally:
+        jax.config.update(estimate.EFFORT, 0.0)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

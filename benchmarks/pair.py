@@ -6,12 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs.quickstart import SHA256, get_config
 from minillm_jax.models import DecoderConfig, abstract_params, fetch, hf, logical_axes
 from minillm_jax.sharding import make_mesh, tree_shardings
 from minillm_jax.train_state import TrainState, abstract_state, init_state
 from minillm_jax.types import Sequences
+
+# Tokens of the answers of databricks-dolly-15k's training rows by SmolLM2's tokenizer, the end
+# included: the quantiles (i + 1/2) / 32.
+DOLLY_ANSWERS = (
+    3, 6, 9, 11, 13, 15, 17, 20, 23, 25, 28, 31, 33, 37, 40, 44, 48, 53, 58, 64, 70, 77, 84, 92,
+    101, 112, 126, 143, 168, 204, 275, 473,
+)  # fmt: skip
+# And of its prompts in the Alpaca template, of those of at most 256 tokens: (i + 1/2) / 16.
+DOLLY_PROMPTS = (35, 36, 38, 39, 40, 41, 42, 43, 44, 46, 50, 58, 74, 126, 179, 226)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,13 @@ def update_flops(
     """FLOPs of an update: the student forward and backward, and the teacher's head if any."""
     forward = forward_flops(student, rows, prompt + slots) + head_flops(student, rows * slots)
     return 3 * forward + (head_flops(teacher, rows * slots) if teacher else 0)
+
+
+def like(quantiles: tuple[int, ...], rows: int, longest: int) -> np.ndarray:
+    """So many lengths [rows] that are distributed as `quantiles` say, none over `longest`."""
+    places = (np.arange(rows) + 0.5) / rows
+    found = np.interp(places, (np.arange(len(quantiles)) + 0.5) / len(quantiles), quantiles)
+    return np.minimum(found.round().astype(np.int32), longest)
 
 
 def prompts(rows: int, width: int, vocab: int) -> Sequences:

@@ -41,12 +41,6 @@ from minillm_jax.rollout import (
 
 ALPHA, CHUNK = 0.2, 6
 PARTS = ("steps", "collection", "early")
-# Tokens of the answers of databricks-dolly-15k's training rows by SmolLM2's tokenizer, the end
-# included: the quantiles (i + 1/2) / 32.
-DOLLY = (
-    3, 6, 9, 11, 13, 15, 17, 20, 23, 25, 28, 31, 33, 37, 40, 44, 48, 53, 58, 64, 70, 77, 84, 92,
-    101, 112, 126, 143, 168, 204, 275, 473,
-)  # fmt: skip
 
 
 def main() -> None:
@@ -176,9 +170,7 @@ def collection(pair: models.Pair, asked: argparse.Namespace) -> dict:
 def early_ending(pair: models.Pair, asked: argparse.Namespace) -> dict:
     """Seconds of the teacher's answers that are as long as dolly's, and of as many full ones."""
     given = models.prompts(asked.batch, asked.prompt, pair.vocab)
-    places = (np.arange(asked.batch) + 0.5) / asked.batch
-    lengths = np.interp(places, (np.arange(len(DOLLY)) + 0.5) / len(DOLLY), DOLLY)
-    lengths = np.minimum(lengths.round().astype(np.int32), asked.longest)
+    lengths = models.like(models.DOLLY_ANSWERS, asked.batch, asked.longest)
     lengths = np.random.default_rng(0).permutation(lengths)
     model = pair.teacher, pair.teacher_params
     options = {"warp": Warp(), "eos_id": pair.vocab, "pad_id": 0, "vocab": pair.vocab}

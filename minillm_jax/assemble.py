@@ -33,7 +33,7 @@ def supervised(build: Builder, model: DecoderConfig | None = None, name: str = "
         model,
         *build.optimizer(name),
         vocab=build.vocab,
-        **_given_answers(build),
+        dropout_seed=_dropout_seed(build),
         **_common(build, model, name),
     )
 
@@ -65,7 +65,7 @@ def by_divergence(build: Builder) -> Method:
         memory=memory,
         seed=build.seed,
         teacher_dtype=build.config.teacher.dtype,
-        **_given_answers(build),
+        dropout_seed=_dropout_seed(build),
         **_common(build, build.student_checkpoint.config, "distill", memory),
     )
 
@@ -98,9 +98,8 @@ def mixing(build: Builder) -> Mixing:
     )
 
 
-def _given_answers(build: Builder) -> dict[str, Any]:
-    seed = build.seed if build.config.dropout else None  # of the models' own dropout
-    return {"dropout_seed": seed, "max_tokens": build.data.max_tokens}
+def _dropout_seed(build: Builder) -> int | None:
+    return build.seed if build.config.dropout else None  # of the models' own dropout
 
 
 def _models(build: Builder) -> tuple[DecoderConfig, DecoderConfig]:
@@ -112,5 +111,6 @@ def _common(build: Builder, model: DecoderConfig, name: str, memory: Any = ()) -
         "micro_batches": build.micro_batches(name),
         "dtype": build.config.student.dtype,
         "remat": build.section(name)["remat"],
+        "windows": build.windows,
         "shardings": state_shardings(build.abstract_state(model, name, memory)),
     }

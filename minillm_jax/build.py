@@ -239,6 +239,11 @@ class Builder:
         section = self.section(name)
         return recipe.micro_batches(section["batch_size"], section["micro_batch"], self.ways)
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Widths in which the rows of an update are read."""
+        return recipe.windows(self.data.max_tokens)
+
     def optimizer(self, name: str) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """AdamW of a stage and its learning rate by update."""
         return recipe.optimizer(self.section(name), self.schedule(name).steps)

@@ -19,6 +19,7 @@ from minillm_jax.types import InputError
 _SWITCHES = (
     "gamma", "reward_scaling", "reward_clip", "cliprange", "length_norm", "whiten", "single_step"
 )  # fmt: skip
+NARROW, ALIGNED = 128, 64  # tokens: the least window, and what all but the last are multiples of
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,16 @@ def micro_batches(batch_size: int, most: int, ways: int) -> int:
         )
     rows = batch_size // ways
     return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= (most or rows))
+
+
+def windows(most: int) -> tuple[int, ...]:
+    """Widths in which a micro-batch is read, of which it gets the first that holds its rows.
+
+    A quarter and a half of the `most` tokens that a row can have, and those; each is a program of
+    its own, so what is narrow already is not divided.
+    """
+    parts = [-(-most // (n * ALIGNED)) * ALIGNED for n in (4, 2)]
+    return (*(part for part in parts if NARROW <= part <= 0.75 * most), most)
 
 
 def optimizer(

@@ -15,6 +15,7 @@ import numpy as np
 from minillm_jax import hosts, stopping
 from minillm_jax.evaluation.text import repetition
 from minillm_jax.methods import Method
+from minillm_jax.methods.accumulate import lengths
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Sequences
 
@@ -97,6 +98,7 @@ def fit(
     take: Callable[[Any, np.ndarray], Any] = lambda tree, rows: jax.tree.map(
         lambda leaf: leaf[rows], tree
     ),
+    arrange: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> TrainState:
     """Train from `state.step` to `schedule.steps` and return the last state.
 
@@ -110,6 +112,8 @@ def fit(
         evaluated: whether `state` has been; if not, that comes first.
         put: puts the rows of a batch, or of the prompts of a collection, on the devices.
         take: takes rows of a collection, which is there already.
+        arrange: an order for the rows of an update by how many tokens each has, which changes the
+            time that it takes, not the update.
 
     Raises:
         TrainingStopped: after `MAX_SKIPPED` non-finite updates in a row.
@@ -137,6 +141,9 @@ def fit(
             if method.collect is None:
                 batch = batches[step]
                 read = int(batch.prompt_mask.sum() + batch.response_mask.sum())
+                if arrange:
+                    order = arrange(np.asarray(lengths(batch)))
+                    batch = jax.tree.map(lambda leaf, order=order: leaf[order], batch)
                 batch = put(batch)
             else:
                 round_, place = schedule.place(step)
@@ -148,7 +155,10 @@ def fit(
                     times["collect_seconds"] = time.monotonic() - tick
                     times["collect_tokens_per_second"] = drawn / times["collect_seconds"]
                     extra["repetition"] = _repetition(rollout)
-                batch = take(rollout, schedule.rows(step, seed))
+                rows = schedule.rows(step, seed)
+                if arrange:
+                    rows = rows[arrange(hosts.fetch(lengths(rollout))[rows])]
+                batch = take(rollout, rows)
                 read = int(batch.prompt_mask.sum() + batch.response_mask.sum())
             if corpus is not None:
                 text = corpus[step]

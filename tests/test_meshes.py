@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from minillm_jax.methods import minillm, sft
+from minillm_jax.methods.accumulate import lengths
 from minillm_jax.models import DecoderConfig, abstract_params, init_cache, logical_axes
 from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.rollout import Mixing
@@ -20,6 +21,7 @@ from minillm_jax.train_state import abstract_state, init_state, state_shardings
 from minillm_jax.types import Sequences
 
 VOCAB, P, N, ROWS = 61, 5, 12, 8
+WINDOW = 10
 GPT2 = DecoderConfig(
     vocab_size=64, layers=2, width=32, heads=8, mlp_width=64, max_positions=20, norm="layer",
     activation="gelu_new", positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True,
@@ -65,7 +67,7 @@ def _shardings(config, mesh):
     )
 
 
-def _methods(family, mesh):
+def _methods(family, mesh, windows=()):
     """SFT, MiniLLM, the state of the student without its arrays, and the teacher's config."""
     student = FAMILIES[family]
     teacher = FAMILIES["gpt2"] if family == "gptj" else student
@@ -75,6 +77,7 @@ def _methods(family, mesh):
     options = {
         "shardings": state_shardings(abstract),
         "micro_batches": 2 // mesh.shape["data"] or 1,
+        "windows": windows,
     }
     mixing = Mixing(slots=N, alpha=0.4, chunk=3, eos_id=2, pad_id=0, vocab=VOCAB)
     both = optimizer, lambda step: 1e-3
@@ -86,10 +89,10 @@ def _methods(family, mesh):
 
 
 @functools.cache
-def _run(family, *sizes):
+def _run(family, *sizes, windows=()):
     """Two updates of SFT, a collection, two of MiniLLM: metrics, rollout and state."""
     mesh = make_mesh(*sizes) if sizes else make_mesh(devices=jax.devices()[:1])
-    supervised, distilled, abstract, optimizer, teacher = _methods(family, mesh)
+    supervised, distilled, abstract, optimizer, teacher = _methods(family, mesh, windows)
     student, found = FAMILIES[family], {}
     with jax.set_mesh(mesh):
         batch = place(_batch(), batch_sharding(mesh))
@@ -114,6 +117,14 @@ def test_a_mesh_changes_neither_tokens_nor_losses(family, mesh):
     np.testing.assert_array_equal(written.response, drawn.response)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), written, drawn)
+
+
+def test_windows_on_a_mesh_change_no_loss():
+    expected, _, _ = jax.device_get(_run("llama"))
+    longest = lengths(_batch()).reshape(ROWS // 2, 2).max(0)  # of the micro-batches of SFT
+    assert longest.min() <= WINDOW < longest.max()
+    found, _, _ = jax.device_get(_run("llama", 1, 4, 2, windows=(WINDOW, P + N)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, expected)
 
 
 def test_what_a_run_makes_stays_split():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minillm_jax import recipe
-from minillm_jax.recipe import Outline, micro_batches, schedule
+from minillm_jax.recipe import Outline, micro_batches, schedule, windows
 from minillm_jax.stages.plan import plan
 from minillm_jax.types import InputError
 
@@ -34,6 +34,17 @@ def test_micro_batches_are_the_fewest_that_fit(rows, most, ways, parts):
 def test_a_batch_that_does_not_split_over_the_devices_is_refused():
     with pytest.raises(InputError, match="batch_size=12 does not split over 8 devices: make it a"):
         micro_batches(12, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("most", "found"),
+    [
+        (140, (140,)), (170, (170,)), (256, (128, 256)), (512, (128, 256, 512)),
+        (1100, (320, 576, 1100)),
+    ],
+)  # fmt: skip
+def test_windows_are_a_quarter_a_half_and_all_of_what_is_wide(most, found):
+    assert windows(most) == found
 
 
 def test_steps_count_where_there_are_no_epochs():

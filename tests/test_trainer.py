@@ -126,6 +126,34 @@ def test_method_that_collects_reads_its_collection_until_it_is_used_up():
     assert with_collection == [1, 5, 9]
 
 
+@pytest.mark.parametrize("collects", [True, False])
+def test_rows_of_an_update_are_arranged_by_their_tokens(collects):
+    class Uneven(Recorder):
+        def __getitem__(self, index):
+            given = super().__getitem__(index)
+            answer = np.arange(5)[None] < np.array([[2], [5], [1], [4]])
+            rows = np.repeat(given.response, 5, axis=1)
+            return Sequences(given.prompt, given.prompt_mask, rows, answer)
+
+    seen, told = Uneven(), []
+
+    def arrange(tokens):
+        told.append(tokens.tolist())
+        return np.argsort(-tokens)
+
+    seen.fit(SCHEDULE, collects=collects, arrange=arrange)
+    if collects:
+        each = [SCHEDULE.rows(step, 5) for step in range(9)]
+        assert told == [[(3, 6, 2, 5)[row] for row in rows] for rows in each]
+        by_length = [sorted(rows, key=[1, 3, 0, 2].index) for rows in each]
+        assert seen.rows == [
+            [100 * (i // 4) + row for row in rows] for i, rows in enumerate(by_length)
+        ]
+    else:
+        assert told == [[3, 6, 2, 5]] * 9
+        assert seen.rows == [[100 * step + row for row in (1, 3, 0, 2)] for step in range(9)]
+
+
 class Corpus:
     def __getitem__(self, index):
         return np.full((2, 3), index, np.int32)

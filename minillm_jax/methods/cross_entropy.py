@@ -32,6 +32,7 @@ def sums(
     teacher: DecoderConfig | None = None,
     teacher_params: Params = None,
     teacher_hidden: jax.Array | None = None,  # [B, N, Dp]
+    short: bool = False,
 ) -> dict[str, reduce.Pair]:
     """(sum, count) over real tokens of the "loss" above and of its "nll" -log q(y_t).
 
@@ -41,6 +42,7 @@ def sums(
     Args:
         size: ids of the true vocabulary.
         teacher, teacher_params, teacher_hidden: needed with `kd_ratio` > 0, unused without.
+        short: as for `vocab.loss_sum`.
     """
     q, p = head(student, params, hidden.dtype), None
     if kd_ratio > 0:
@@ -59,6 +61,7 @@ def sums(
             labels,
             mask,
             vocab_size=size,
+            short=short,
         )
     nll = reduce.total(-scores["log_q"], mask)
     pairs = {"loss": reduce.Pair(summed, nll.count), "nll": nll}

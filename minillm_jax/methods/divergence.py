@@ -14,6 +14,7 @@ variation, AKL and, with a `taid.Schedule`, TAID: which is which says `registry`
 3. TAID's t, and DistiLLM's buffer, are remembered in `TrainState.memory`.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from minillm_jax.methods import Method, compiled, cross_entropy
-from minillm_jax.methods.accumulate import dropout_keys, gradients
+from minillm_jax.methods.accumulate import dropout_keys, gradients, lengths
 from minillm_jax.methods.on_policy import Buffer, OnPolicy
 from minillm_jax.models import DecoderConfig, head
 from minillm_jax.objectives import divergences, reduce, top_k, vocab
@@ -54,7 +55,7 @@ def method(
     remat: str = "none",
     teacher_dtype: str = "float32",
     dropout_seed: int | None = None,
-    max_tokens: int | None = None,
+    windows: Sequence[int] = (),
 ) -> Method:
     """The method with `frozen` the teacher's parameters.
 
@@ -68,7 +69,7 @@ def method(
         remat: what the student's backward pass computes again: `hidden_states`.
         dropout_seed: train with the student's dropout, its keys from this seed; None: without.
             The teacher has none.
-        max_tokens: of a prompt and its response together, where that is less than their slots.
+        windows: for the tokens of a prompt and its response together: `accumulate.gradients`.
 
     Raises:
         InputError: no such divergence, a parameter or share that is none.
@@ -76,6 +77,7 @@ def method(
     cross_entropy.check_kd_ratio(kd_ratio)
     found = divergences.find(divergence)
     fixed = None if taid else found.checked(divergence, parameter)
+    short = len(windows) > 1
 
     def between(z_q: jax.Array, z_p: jax.Array, t: jax.Array) -> jax.Array:
         return found.function(z_q, z_p, t if taid else fixed)
@@ -94,11 +96,13 @@ def method(
             return apart(scores)
         return kd_ratio * apart(scores) - (1 - kd_ratio) * scores["log_q"]
 
-    def loss_sums(params: Params, frozen: Params, batch: Any) -> dict[str, reduce.Pair]:
+    def loss_sums(
+        params: Params, frozen: Params, batch: Any, window: int | None
+    ) -> dict[str, reduce.Pair]:
         rows, keys, t = batch
         labels, mask = rows.response, rows.response_mask
         key = None if keys is None else keys[0]
-        options = {"dtype": dtype, "remat": remat, "dropout_key": key, "max_tokens": max_tokens}
+        options = {"dtype": dtype, "remat": remat, "dropout_key": key, "max_tokens": window}
         hidden = response_states(student, params, rows, **options)
         q, p, states = head(student, params, hidden.dtype), None, None
         extras: Any = t
@@ -106,7 +110,7 @@ def method(
         if isinstance(rows, Cut):
             extras, how = (t, rows.ids, rows.log_p), between_cut
         else:
-            own = {"dtype": teacher_dtype, "max_tokens": max_tokens}
+            own = {"dtype": teacher_dtype, "max_tokens": window}
             states = teacher_states(teacher, frozen, rows, **own)
             p = head(teacher, frozen, states.dtype)
         with jax.named_scope("vocabulary"):
@@ -123,6 +127,7 @@ def method(
                 extras,
                 divergence=how,
                 vocab_size=on_policy.vocab,
+                short=short,
             )
         scores["divergence"] = apart(scores)
         pairs = {name: reduce.total(scores[name], mask) for name in LOGGED if name in scores}
@@ -143,10 +148,12 @@ def method(
         per_token = jnp.broadcast_to(t, rows.response.shape)
         keys = dropout_keys(dropout_seed, state.step, micro_batches)
         grads, metrics = gradients(
-            lambda params, micro: loss_sums(params, frozen, micro),
+            lambda params, micro, window: loss_sums(params, frozen, micro, window),
             state.params,
             (rows, keys, per_token),
             micro_batches,
+            windows=windows,
+            tokens=lengths(rows),
         )
         memory = state.memory
         if buffer is not None:

@@ -8,6 +8,7 @@
 3. With a corpus, `update` also reads blocks of plain text and adds their loss (`methods.corpus`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import optax
 
 from minillm_jax.methods import Method, compiled
 from minillm_jax.methods import corpus as corpus_lib
-from minillm_jax.methods.accumulate import gradients
+from minillm_jax.methods.accumulate import gradients, lengths
 from minillm_jax.methods.corpus import CorpusLoss
 from minillm_jax.models import DecoderConfig, head
 from minillm_jax.objectives import policy as policy_lib
@@ -41,6 +42,7 @@ def method(
     remat: str = "none",
     corpus: CorpusLoss | None = None,
     collect_batch: int = 0,
+    windows: Sequence[int] = (),
 ) -> Method:
     """MiniLLM with `frozen` the teacher's parameters.
 
@@ -48,16 +50,19 @@ def method(
     the two caches; it must divide their number.
 
     With `corpus`, the batch of an update is (rollout, tokens [B', T]), B' a multiple of
-    `micro_batches`; it needs not be that of the rollout.
+    `micro_batches`; it needs not be that of the rollout. With several `windows` a micro-batch is
+    read no further than its longest row: `accumulate.gradients`.
     """
+    short = len(windows) > 1
 
     def loss(score: vocab.Scores, targets: Any, mask: jax.Array) -> jax.Array:
         return policy_lib.losses(policy, score["log_q"], score["reverse_kl"], targets, mask)["loss"]
 
-    def loss_sums(params: Params, frozen: Params, batch: Any, share: Any):
+    def loss_sums(params: Params, frozen: Params, batch: Any, share: Any, window: int | None):
         rollout, targets, text = batch
         mask = rollout.response_mask
-        hidden = response_states(student, params, rollout, dtype=dtype, remat=remat)
+        own = {"dtype": dtype, "remat": remat, "max_tokens": window}
+        hidden = response_states(student, params, rollout, **own)
         q_head = head(student, params, hidden.dtype)
         p_head = head(teacher, frozen, rollout.teacher_hidden.dtype)
         with jax.named_scope("vocabulary"):
@@ -73,6 +78,7 @@ def method(
                 mask,
                 targets,
                 vocab_size=mixing.vocab,
+                short=short,
             )
         # The same values again, a few numbers per token, for the log.
         values = policy_lib.losses(policy, score["log_q"], score["reverse_kl"], targets, mask)
@@ -106,10 +112,12 @@ def method(
         share = corpus_lib.share(text, count) if corpus else None
         targets = policy_lib.prepare(policy, rollout.log_p, rollout.log_q, rollout.log_mix, mask)
         grads, metrics = gradients(
-            lambda params, micro: loss_sums(params, frozen, micro, share),
+            lambda params, micro, window: loss_sums(params, frozen, micro, share, window),
             state.params,
             (rollout, targets, text),
             micro_batches,
+            windows=windows,
+            tokens=lengths(rollout),
         )
         metrics |= {
             "reward": reduce.mean(reduce.total(targets.reward, mask)),

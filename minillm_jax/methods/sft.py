@@ -3,12 +3,13 @@
 No teacher at training time: on the teacher's own answers this is SeqKD (Kim & Rush 2016).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
 
 from minillm_jax.methods import Method, compiled, cross_entropy
-from minillm_jax.methods.accumulate import dropout_keys, gradients
+from minillm_jax.methods.accumulate import dropout_keys, gradients, lengths
 from minillm_jax.models import DecoderConfig
 from minillm_jax.objectives import reduce
 from minillm_jax.rollout import response_states
@@ -27,7 +28,7 @@ def method(
     shardings: Any = None,
     remat: str = "none",
     dropout_seed: int | None = None,
-    max_tokens: int | None = None,
+    windows: Sequence[int] = (),
 ) -> Method:
     """SFT of a student over its first `vocab` ids; `frozen` is not used.
 
@@ -36,21 +37,23 @@ def method(
         shardings: of the state, for `compiled`.
         remat: what the backward pass computes again: `hidden_states`.
         dropout_seed: train with the model's dropout, its keys from this seed; None: without.
-        max_tokens: of a prompt and its response together, where that is less than their slots.
+        windows: for the tokens of a prompt and its response together: `accumulate.gradients`.
     """
+    short = len(windows) > 1
 
-    def loss_sums(params: Params, batch: Any) -> dict[str, reduce.Pair]:
+    def loss_sums(params: Params, batch: Any, window: int | None) -> dict[str, reduce.Pair]:
         given, keys = batch
         key = None if keys is None else keys[0]
         options = {"dtype": dtype, "remat": remat, "dropout_key": key}
-        hidden = response_states(config, params, given, max_tokens=max_tokens, **options)
+        hidden = response_states(config, params, given, max_tokens=window, **options)
         labels, mask = given.response, given.response_mask
-        found = cross_entropy.sums(config, params, hidden, labels, mask, size=vocab)
+        found = cross_entropy.sums(config, params, hidden, labels, mask, size=vocab, short=short)
         return {"loss": found["loss"]}
 
     def update(state: TrainState, frozen: None, batch: Sequences):
         keys = dropout_keys(dropout_seed, state.step, micro_batches)
-        grads, metrics = gradients(loss_sums, state.params, (batch, keys), micro_batches)
+        cut = {"windows": windows, "tokens": lengths(batch)}
+        grads, metrics = gradients(loss_sums, state.params, (batch, keys), micro_batches, **cut)
         rate = learning_rate(state.step - state.skipped)
         state, more = state.apply_gradients(optimizer, grads, metrics["loss"])
         return state, metrics | more | {"learning_rate": rate}

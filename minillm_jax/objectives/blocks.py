@@ -5,6 +5,9 @@ device first, in a leading dimension of so many parts, and over the devices once
 block: a sum over all rows within the loop would send the head's gradient in every block.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -42,6 +45,32 @@ class Blocks:
         """[n, R] -> [B, N]."""
         x = jnp.moveaxis(x.reshape(self.blocks, self.rows, self.width), 0, 1)
         return x.reshape(self.rows, -1)[:, : self.positions]
+
+    def filled(self, mask: Array) -> jax.Array:
+        """How many blocks it takes to reach the last token of the longest row of a mask [B, N]."""
+        reach = jnp.max(jnp.where(mask, jnp.arange(1, self.positions + 1), 0))
+        return (reach + self.width - 1) // self.width
+
+
+def over(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any, filled: jax.Array | None
+) -> tuple[Any, Any]:
+    """`lax.scan` over the first `filled` blocks, all if None; the others give zeros."""
+    if filled is None:
+        return lax.scan(step, carry, blocks)
+
+    def at(i: jax.Array, carried: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, rows = carried
+        block = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), blocks)
+        carry, row = step(carry, block)
+        return carry, jax.tree.map(
+            lambda whole, one: lax.dynamic_update_index_in_dim(whole, one, i, 0), rows, row
+        )
+
+    count = len(jax.tree.leaves(blocks)[0])
+    _, row = jax.eval_shape(step, carry, jax.tree.map(lambda x: x[0], blocks))
+    empty = jax.tree.map(lambda one: jnp.zeros((count, *one.shape), one.dtype), row)
+    return lax.fori_loop(0, filled, at, (carry, empty))
 
 
 def apart(x: Array, ways: int) -> jax.Array:

@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from minillm_jax.objectives.blocks import Blocks, HeadGrad, add_grad, apart, no_grad, whole_grad
+from minillm_jax.objectives.blocks import (
+    Blocks,
+    HeadGrad,
+    add_grad,
+    apart,
+    no_grad,
+    over,
+    whole_grad,
+)
 from minillm_jax.objectives.reduce import keep, row_sums, total
 from minillm_jax.types import Array
 
@@ -56,7 +64,7 @@ def scores(
     student = _model(cut, hidden_q, weight_q, bias_q, mask, size)
     teacher = _teacher(cut, hidden_p, weight_p, bias_p, mask, size)
     labels = cut.split(keep(labels, mask))
-    out: Any = _scores(cut.ways, student, lax.stop_gradient(teacher), labels)
+    out: Any = _scores(cut.ways, student, lax.stop_gradient(teacher), labels, None)
     return {name: keep(cut.join(value), mask) for name, value in out.items()}
 
 
@@ -75,6 +83,7 @@ def loss_sum(
     divergence: Divergence | None = None,
     vocab_size: int | None = None,
     block: int = 256,
+    short: bool = False,
 ) -> tuple[jax.Array, Scores]:
     """Sum over the real tokens of `loss(scores, extras, mask)`, and the scores without gradient.
 
@@ -87,13 +96,15 @@ def loss_sum(
         extras: a pytree of [B, N] constants of the loss, such as `policy.Targets`.
         divergence: a further score, "divergence", differentiated by jax; no traced closure either.
         vocab_size, block: as for `scores`.
+        short: read no block beyond the longest row; how many that are is then known at run time.
     """
     cut = Blocks(labels, block)
     size = _size(weight_q, weight_p, vocab_size)
     student = _model(cut, hidden_q, weight_q, bias_q, mask, size)
     teacher = _teacher(cut, hidden_p, weight_p, bias_p, mask, size)
     fixed = jax.tree.map(cut.split, (keep(labels, mask), mask.astype(bool), extras))
-    frozen = lax.stop_gradient((teacher, fixed))
+    filled = cut.filled(mask) if short and cut.blocks > 1 else None
+    frozen = lax.stop_gradient((teacher, fixed, filled))
     result: Any = _loss_sum(loss, divergence, cut.ways, student, *frozen)
     value, out = result
     return value, {name: keep(cut.join(x), mask) for name, x in lax.stop_gradient(out).items()}
@@ -220,21 +231,23 @@ def _like(student: Model, grad_hidden: jax.Array, carry: HeadGrad, scale: jax.Ar
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scores(ways: int, student: Model, teacher: Model | None, labels: jax.Array) -> Scores:
-    return _scores_fwd(ways, student, teacher, labels)[0]
+def _scores(
+    ways: int, student: Model, teacher: Model | None, labels: jax.Array, filled: jax.Array | None
+) -> Scores:
+    return _scores_fwd(ways, student, teacher, labels, filled)[0]
 
 
-def _scores_fwd(ways, student, teacher, labels):
+def _scores_fwd(ways, student, teacher, labels, filled):
     def step(_, x):
         hidden, label = x
         return None, _block(*_both(hidden, student, teacher), label)
 
-    _, (out, norm) = lax.scan(step, None, (_hidden(student, teacher), labels))
-    return out, (student, teacher, labels, out, norm)
+    _, (out, norm) = over(step, None, (_hidden(student, teacher), labels), filled)
+    return out, (student, teacher, filled, labels, out, norm)
 
 
 def _scores_bwd(ways, residuals, bar):
-    student, teacher, *rest = residuals
+    student, teacher, filled, *rest = residuals
 
     def step(carry, x):
         hidden, *rest = x
@@ -242,23 +255,23 @@ def _scores_bwd(ways, residuals, bar):
         return _grad_head(_grad_logits(z_q, z_p, *rest), hidden[0], student, carry, ways)
 
     parts = _hidden(student, teacher), *rest, bar
-    carry, grad_hidden = lax.scan(step, no_grad(student[1], student[2], ways), parts)
-    return _like(student, grad_hidden, carry, 1), None, None
+    carry, grad_hidden = over(step, no_grad(student[1], student[2], ways), parts, filled)
+    return _like(student, grad_hidden, carry, 1), None, None, None
 
 
 _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loss_sum(loss, divergence, ways, student, teacher, fixed) -> tuple[jax.Array, Scores]:
+def _loss_sum(loss, divergence, ways, student, teacher, fixed, filled) -> tuple[jax.Array, Scores]:
     if divergence:  # what no gradient needs is dropped by the compiler
-        return _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed)[0]
+        return _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed, filled)[0]
     labels, mask, extras = fixed
-    out: Any = _scores(ways, student, teacher, labels)
+    out: Any = _scores(ways, student, teacher, labels, filled)
     return total(loss(out, extras, mask), mask).sum, out
 
 
-def _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed):
+def _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed, filled):
     def step(carry, x):
         hidden, (labels, mask, extras) = x
         z_q, z_p = _both(hidden, student, teacher)
@@ -280,13 +293,14 @@ def _loss_sum_fwd(loss, divergence, ways, student, teacher, fixed):
         return carry, (value, out, grad_hidden)
 
     parts = _hidden(student, teacher), fixed
-    carry, (value, out, grad_hidden) = lax.scan(step, no_grad(student[1], student[2], ways), parts)
+    start = no_grad(student[1], student[2], ways)
+    carry, (value, out, grad_hidden) = over(step, start, parts, filled)
     return (value.sum(), out), (student[1:], grad_hidden, carry)
 
 
 def _loss_sum_bwd(loss, divergence, ways, residuals, bar):
     head, grad_hidden, carry = residuals
-    return _like((grad_hidden, *head), grad_hidden, carry, bar[0]), None, None
+    return _like((grad_hidden, *head), grad_hidden, carry, bar[0]), None, None, None
 
 
 _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)

@@ -49,6 +49,11 @@ class Shapes(Builder):
         data = self.config.data
         return max(data.max_response, min(data.max_answer, self.data.max_tokens))
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The widest: every row is planned as long as it can be."""
+        return super().windows[-1:]
+
     def _learns_from(self, name: str) -> int:
         # Sets the length of the learning rate's schedule, which is no part of a program's size.
         return self.config[name].batch_size if name in self.config else 1

@@ -5,16 +5,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from minillm_jax import assemble, hosts, modelfiles, stopping, trainer
 from minillm_jax.build import Builder
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
 from minillm_jax.methods import Method
+from minillm_jax.methods.accumulate import spread
 from minillm_jax.modelfiles import Model
 from minillm_jax.models import DecoderConfig
 from minillm_jax.reporting.progress import Progress
@@ -109,6 +112,7 @@ def train(
                 corpus=corpus,
                 put=lambda batch: place(batch, rows),
                 take=lambda rollout, which: take_rows(rollout, which, rows),
+                arrange=_arrange(build, section),
             )
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     outcome |= {"skipped": int(state.skipped), "warnings": progress.warnings}
@@ -199,6 +203,12 @@ class _Stage:
                 f"{self.stage}: update {step} is skipped, its loss or gradient is not finite;"
                 f" the same command with --replay={folder / f'{step}.npz'} says where"
             )
+
+
+def _arrange(build: Builder, section: str) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Rows of like length into one micro-batch, where it is read no further than they reach."""
+    parts = build.micro_batches(section)
+    return partial(spread, micro_batches=parts) if parts > 1 and len(build.windows) > 1 else None
 
 
 def _abstract_rollout(build, method, abstract, frozen, batches):

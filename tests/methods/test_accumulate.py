@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minillm_jax.methods.accumulate import gradients
+from minillm_jax.methods.accumulate import gradients, spread
 from minillm_jax.objectives import reduce
 
 ATOL = 1e-6
@@ -19,12 +19,13 @@ MASK = np.arange(SLOTS)[None] < np.array([5, 1, 2, 4, 0, 0, 3, 1])[:, None]
 PARAMS = {"w": jnp.float32(1.5), "v": jnp.float32(-0.5)}
 
 
-def loss_sums(params, batch):
-    x, mask = batch
+def loss_sums(params, batch, window):
+    x, mask = (leaf[:, :window] for leaf in batch)
     values = params["w"] * x + params["v"] * jnp.square(x)
     return {
         "loss": reduce.total(values, mask),
         "per_sequence": reduce.total(values, mask, "sequence"),
+        "window": reduce.Pair(jnp.float32(window or SLOTS), jnp.float32(1)),
     }
 
 
@@ -47,9 +48,30 @@ def test_gradient_and_metrics_are_those_of_the_whole_batch(micro_batches):
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_a_batch_without_tokens_gives_zeros(micro_batches):
     grads, metrics = run(micro_batches, (X, np.zeros_like(MASK)))
+    metrics.pop("window")
     assert all(leaf == 0 for leaf in jax.tree.leaves((grads, metrics)))
 
 
 def test_micro_batches_that_do_not_divide_are_refused():
     with pytest.raises(TypeError, match="reshape"):
         run(3, (X, MASK))
+
+
+def test_a_micro_batch_is_read_as_far_as_its_longest_row():
+    tokens, order = MASK.sum(axis=1), spread(MASK.sum(axis=1), 4)
+    assert [sorted(tokens[order[i::4]]) for i in range(4)] == [[0, 0], [1, 1], [2, 3], [4, 5]]
+    whole, metrics = run(4, (X, MASK))
+    assert metrics["window"] == SLOTS
+    cut = jax.jit(
+        lambda batch, tokens, parts: gradients(
+            loss_sums, PARAMS, batch, parts, windows=(1, 3, SLOTS), tokens=tokens
+        ),
+        static_argnums=2,
+    )
+    # Rows (5, 0), (1, 0), (2, 3), (4, 1) as they come; two by two in their order; all at once.
+    as_they_come = np.arange(ROWS)
+    for rows, parts, mean in ((as_they_come, 4, 3.5), (order, 4, 2.5), (order, 1, 5)):
+        grads, found = cut((X[rows], MASK[rows]), tokens[rows], parts)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL), grads, whole)
+        np.testing.assert_allclose(found["loss"], metrics["loss"], atol=ATOL)
+        assert found["window"] == mean

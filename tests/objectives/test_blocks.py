@@ -46,14 +46,14 @@ def _gradients(how):
 
     def function(student, teacher, labels, mask):
         asked = (*student, *teacher, labels, mask)
-        if how == "loss_sum":
-            return vocab.loss_sum(summed, *asked, block=BLOCK)[0]
+        if how != "scores":
+            return vocab.loss_sum(summed, *asked, block=BLOCK, short=how == "short")[0]
         return summed(vocab.scores(*asked, block=BLOCK)).sum()
 
     return jax.jit(jax.value_and_grad(function))
 
 
-@pytest.mark.parametrize("how", ["loss_sum", "scores"])
+@pytest.mark.parametrize("how", ["loss_sum", "scores", "short"])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_the_head_is_summed_over_the_devices_once(how, sizes, drawn):
     alone = _gradients(how)(*drawn)
@@ -84,3 +84,33 @@ def test_a_block_counts_the_rows_of_one_device(drawn):
             assert Blocks(labels[:15], BLOCK).ways == 1  # rows that do not divide lie anywhere
     assert Blocks(labels, BLOCK).ways == 1
     np.testing.assert_array_equal(cut.join(cut.split(labels)), labels)
+
+
+@pytest.mark.parametrize("divergence", [None, lambda z_q, z_p, extras: (z_q - z_p)[:, 0]])
+@pytest.mark.parametrize("longest", [0, 5, 12, 24])
+def test_no_block_beyond_the_longest_row_is_read(longest, divergence, drawn):
+    student, teacher, labels = *drawn[:2], drawn[2].astype(np.int32)
+    mask = np.arange(N)[None] < np.minimum(np.arange(ROWS)[:, None], longest)
+    mask[-1, :longest] = True
+    read = []
+
+    def loss(values, extras, mask):
+        jax.debug.callback(lambda x: read.append(x), mask.sum())
+        return sum(values.values())
+
+    def function(student, *, short):
+        options = {"block": 64, "short": short, "divergence": divergence}  # four positions
+        asked: Any = (*student, *teacher, labels, mask)
+        return vocab.loss_sum(loss, *asked, **options)
+
+    graded = jax.jit(jax.value_and_grad(function, has_aux=True), static_argnames="short")
+    whole = graded(student, short=False)
+    jax.effects_barrier()
+    assert len(read) == 6
+    found = graded(student, short=True)
+    jax.effects_barrier()
+    assert len(read) - 6 == -(-longest // 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, whole)
+    if not divergence:  # without a gradient it is the scores
+        value, _ = jax.jit(function, static_argnames="short")(student, short=True)
+        np.testing.assert_allclose(value, whole[0][0], rtol=1e-5)

@@ -17,7 +17,7 @@ keep to that: shorter ones leave it a little below the budget, which the column 
 longer ones end its schedule a little early.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,18 @@ def report(workdir: Path) -> reporting.Table:
     configs = [read_json(place / "config.json") for place in places]
     files = {model: places[0] / "stages" / model / "answers.jsonl" for model in judged[0]}
     answers = {model: read_rows(file) for model, file in files.items() if file.exists()}
-    every = sorted(workdir.glob("seed*/stages/*/responses.jsonl"))
-    write_rows(workdir / "responses.jsonl", (row for file in every for row in read_rows(file)))
+    write_rows(workdir / "responses.jsonl", _responses(workdir))
     write_text(workdir / "report.html", page(configs, judged, curves, answers))
     return table
+
+
+def _responses(workdir: Path) -> Iterator[dict[str, Any]]:
+    """Those of all models; `seed` counts the seeds of training and, within them, of sampling."""
+    seeds: dict[tuple[str, int], int] = {}
+    for file in sorted(workdir.glob("seed*/stages/*/responses.jsonl")):
+        for row in read_rows(file):
+            own = seeds.setdefault((file.parts[-4], row["seed"]), len(seeds))
+            yield row | {"seed": own}
 
 
 def _judged(place: Path) -> dict[str, Any]:
@@ -154,10 +162,10 @@ def _curves(workdir: Path) -> dict[str, dict[str, list[reporting.Curve]]]:
 
 def _of(config: Any, method: str, seed: int) -> Any:
     """The experiment of one method and seed; targets are kept for those that can read them."""
-    keeps = _keeps(config, method)
+    without = config.distill.cache_teacher and not _keeps(config, method)
     config = config.copy_and_resolve_references()
     config.method, config.seed = method, seed
-    if not keeps:
+    if without:
         config.distill.cache_teacher, config.distill.cache_top_k = False, 0
     return config
 
@@ -170,7 +178,7 @@ def _say_who_keeps(config: Any, methods: Sequence[str]) -> None:
             "the given answers alone, so nothing can be kept; set it to False"
         )
     for method in without:
-        print(f"{method}: has no use for kept targets, it asks the teacher", file=hosts.log())
+        print(f"{method}: has no use for kept targets", file=hosts.log())
 
 
 def _of_seed(config: Any, seed: int) -> Any:

@@ -83,10 +83,11 @@ def main(argv: list[str]) -> None:
         return
     count = 1 if MODE.value == "single" else 2
     with Progress("judge", len(set(questions))) as bar:
-        replies = iter(endpoint.ask(questions, lambda r: scores(r, count) is not None, bar.update))
-    if endpoint.refused:
-        line = f"judge: {endpoint.refused} questions were refused, and count as without scores"
+        said = endpoint.ask(questions, lambda r: scores(r, count) is not None, bar.update)
+    if refused := said.count(""):
+        line = f"judge: {refused} questions were refused, and count as without scores"
         print(line, file=sys.stderr)
+    replies = iter(said)
     judged = []
     for item in found:
         texts = [next(replies) for _ in item.questions]

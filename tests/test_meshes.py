@@ -155,10 +155,11 @@ def _collectives(compiled):
 
 
 @pytest.mark.optimized
-def test_collectives_of_the_compiled_programs(capfd):
+@pytest.mark.parametrize("windows", [(), (WINDOW, P + N)], ids=["slots", "windows"])
+def test_collectives_of_the_compiled_programs(windows, capfd):
     """Kernels are gathered once per collection, and in an update layer by layer; logits never."""
     mesh = make_mesh(2, 2, 2)
-    _, distilled, abstract, _, teacher = _methods("llama", mesh)
+    _, distilled, abstract, _, teacher = _methods("llama", mesh, windows)
 
     def described(tree, shardings):
         shardings = jax.tree.broadcast(shardings, tree)
@@ -185,10 +186,12 @@ def test_collectives_of_the_compiled_programs(capfd):
     in_layers = collections.Counter(
         shape.partition("{")[0] for shape, scope in gathers if "/layers/while/" in scope
     )
-    # Each kernel in the forward pass and in the backward pass, whole but for its tensor half.
+    # Each kernel in the forward pass and in the backward pass, whole but for its tensor half; in
+    # the pass of every window.
     q, kv, o, up, down = "32,16", "32,4", "16,32", "32,24", "24,32"
     times = {q: 2, kv: 4, o: 2, up: 4, down: 2}
-    assert in_layers == {f"f32[{shape}]": count for shape, count in times.items()}
+    passes = max(1, len(windows))
+    assert in_layers == {f"f32[{shape}]": passes * count for shape, count in times.items()}
     assert not any("/vocabulary/" in scope or "jvp(vocabulary)" in scope for _, scope in gathers)
     assert any(name == "all-reduce" and "transpose(jvp(Decoder))" in at for name, _, at in found)
     assert not {"all-to-all", "collective-permute"} & {name for name, _, _ in found}

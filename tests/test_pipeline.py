@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from minillm_jax import assemble, dataset, pipeline, replay, stopping
+from minillm_jax import assemble, dataset, pipeline, recipe, replay, stopping
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.data import splits
 from minillm_jax.models import hf
@@ -255,6 +255,39 @@ def test_a_start_from_a_fine_tuned_student_is_that_of_the_stage(tmp_path, monkey
     assert rows(tmp_path / "given", "distill") == rows(tmp_path / "whole", "distill")
     figures = json.loads((tmp_path / "given" / "evaluate" / "figures.json").read_text())
     assert set(figures) == {"teacher", "sft", "minillm"}
+
+
+@pytest.mark.parametrize("method", ["minillm", "kd"])
+def test_a_run_in_windows_is_the_run_in_all_slots(tmp_path, monkeypatch, method):
+    """Rows are arranged, those of a collection and those with kept targets, too."""
+    one_device(monkeypatch)
+    config, arranged, spread = with_answers(tmp_path, teacher_sft__steps=0), [], training.spread
+    config.method, config.distill.cache_teacher = method, method == "kd"
+    config.sft.micro_batch = config.distill.micro_batch = 2
+    stages = {"minillm": ["student_sft", "distill"], "kd": ["teacher_targets", "distill"]}[method]
+    pipeline.execute(config, tmp_path / "slots", stages)
+    monkeypatch.setattr(recipe, "NARROW", 4)
+    monkeypatch.setattr(recipe, "ALIGNED", 4)
+    assert pipeline.Builder(config, tmp_path).windows == (8, 12, 24)
+
+    def watched(tokens, micro_batches):
+        arranged.append(tokens.tolist())
+        return spread(tokens, micro_batches)
+
+    monkeypatch.setattr(training, "spread", watched)
+    pipeline.execute(config, tmp_path / "windows", stages)
+    trained = [stage for stage in stages if stage != "teacher_targets"]
+    for stage in trained:
+        found, expected = (rows(tmp_path / name, stage) for name in ("windows", "slots"))
+        assert len(found) == len(expected) > 4
+        for row, wanted in zip(found, expected, strict=True):
+            assert row.pop("stage") == wanted.pop("stage")
+            assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert len(arranged) == 4 * len(trained)
+    assert len({int(np.searchsorted((8, 12), n)) for each in arranged for n in each}) > 1
+    # What the student writes in an update depends on the place of the prompt.
+    config.method, config.distill.cache_teacher = "gkd", False
+    assert training._arrange(pipeline.Builder(config, tmp_path), "distill") is None
 
 
 def test_validation_and_test_rows_are_taken_out_of_one_source(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 Replies are kept in a file, so that a run that broke off goes on where it was, a second one asks
 nothing, and `offline` replays it without network or key. What may pass is tried again with growing
 pauses: a connection that fails, a timeout, status 408, 409, 429 and 5xx, a reply without the text
-that was asked for. A question that the server refuses by itself (400, 413, 422: its filter, its
-length) has an empty reply, as long as others have one.
+that was asked for. A question that the server refuses (400, 413, 422: its filter, its length) has
+an empty reply, unless it refuses all or many in a row.
 
 The key is read from the environment and kept by the client alone: no message, no file and no
 exception of this module has it, nor what the server said, which may quote it.
@@ -31,7 +31,7 @@ CHARACTERS_PER_TOKEN = 4  # of English, by OpenAI's rule of thumb: for the estim
 LONGEST_PAUSE = 60.0  # seconds between two attempts
 _PASSING = (408, 409, 429)
 _OF_THE_QUESTION = (400, 413, 422)
-_NONE_YET = 3  # refused before a first reply: it is not the questions
+_IN_A_ROW = 10  # refused one after the other: it is not the questions
 _CURES = {
     400: "the model may not know --temperature or --max_tokens: try --temperature=-1",
     401: "the key is not valid: correct the environment variable",
@@ -113,8 +113,9 @@ class Endpoint:
         self._sleep = sleep
         self._client: Any = None
         self._failed = threading.Event()  # a question had no reply: ask no more
-        self._served = threading.Event()  # a question had one
-        self._refusals: dict[str, InputError] = {}
+        self._lock = threading.Lock()
+        self._served = False  # a question had one
+        self._refused: dict[str, InputError] = {}  # since the last reply
 
     def estimate(self, questions: Sequence[str]) -> Estimate:
         """How many of the questions would be asked, and what that takes."""
@@ -138,7 +139,8 @@ class Endpoint:
             InputError: offline with a question that has no reply; no key; a question that got no
                 reply in all attempts; a server that refuses all questions.
         """
-        missing = [q for q in dict.fromkeys(questions) if self._key(q) not in self._cache.replies]
+        kept = self._cache.replies
+        missing = [q for q in dict.fromkeys(questions) if self._key(q) not in kept]
         if missing and self.settings.offline:
             raise InputError(
                 f"{len(missing)} of {len(questions)} questions have no reply in "
@@ -146,22 +148,17 @@ class Endpoint:
             )
         if missing:
             self._client = self._client or self._connect()
+        self._served = any(kept.get(self._key(q)) for q in questions)
         answered = len(questions) - len(missing)
         done(answered)
         with ThreadPoolExecutor(self.settings.parallel) as pool:
             for reply in pool.map(lambda question: self._reply(question, valid), missing):
                 answered += reply is not None
                 done(answered)
-        if self._refusals and not self._served.is_set():
-            raise next(iter(self._refusals.values()))
-        for question in self._refusals:
-            self._cache.put(self._key(question), "")
-        return [self._cache.replies[self._key(q)] for q in questions]
-
-    @property
-    def refused(self) -> int:
-        """How many questions the server did not take."""
-        return len(self._refusals)
+        if self._refused and not self._served:
+            raise next(iter(self._refused.values()))
+        self._give_up_on_refused()
+        return [kept[self._key(q)] for q in questions]
 
     def _key(self, question: str) -> str:
         s = self.settings
@@ -191,17 +188,26 @@ class Endpoint:
             return None  # an earlier one has no reply, which is about to be said
         try:
             reply = self._replied(question, valid)
-            self._served.set()
-            return reply
         except _Refused as refusal:
-            self._refusals[question] = refusal.error
-            if len(self._refusals) >= _NONE_YET and not self._served.is_set():
-                self._failed.set()
-                raise refusal.error from None
+            with self._lock:
+                self._refused[question] = refusal.error
+                if len(self._refused) >= _IN_A_ROW:
+                    self._failed.set()
+                    raise refusal.error from None
             return ""
         except BaseException:
             self._failed.set()
             raise
+        with self._lock:
+            self._served = True
+            self._give_up_on_refused()
+        return reply
+
+    def _give_up_on_refused(self) -> None:
+        """The server takes others, so it is the questions."""
+        for question in self._refused:
+            self._cache.put(self._key(question), "")
+        self._refused = {}
 
     def _replied(self, question: str, valid: Callable[[str], bool]) -> str:
         why, text = "", None

@@ -1,8 +1,8 @@
 """What an experiment compiles, described without an array: shapes, shardings and assumptions.
 
-The programs are those that training runs: `collect` of MiniLLM, and `update` of every stage that
-trains. `Program.lower` gives one with the layers of the models, or with fewer, which is how a
-program that unrolls its layers is compiled in a minute.
+The programs are those that training runs, their rows as long as they can be: `collect` of MiniLLM,
+and `update` of every stage that trains. `Program.lower` gives one with the layers of the models, or
+with fewer, which is how a program that unrolls its layers is compiled in a minute.
 """
 
 import math

@@ -206,9 +206,15 @@ class _Stage:
 
 
 def _arrange(build: Builder, section: str) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Rows of like length into one micro-batch, where it is read no further than they reach."""
-    parts = build.micro_batches(section)
-    return partial(spread, micro_batches=parts) if parts > 1 and len(build.windows) > 1 else None
+    """Rows of like length into one micro-batch, where it is read no further than they reach.
+
+    Not if the student may write to the given prompts in the update: draws belong to places.
+    """
+    parts, d = build.micro_batches(section), build.config.distill
+    writes = section == "distill" and (d.on_policy or d.replay)
+    if parts == 1 or len(build.windows) == 1 or writes:
+        return None
+    return partial(spread, micro_batches=parts)
 
 
 def _abstract_rollout(build, method, abstract, frozen, batches):

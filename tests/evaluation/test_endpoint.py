@@ -137,23 +137,35 @@ def test_a_refusal_is_one_line_at_once(tmp_path, status, says):
 @pytest.mark.parametrize("bad", [("8", 400, 422), (400, 422, "8")])
 def test_a_question_that_is_refused_among_others_has_no_reply(tmp_path, bad):
     with serving(*bad, text="5") as server:
-        asked = ["one", "two", "three", "four"]
-        told, judge = [], endpoint(server, tmp_path)
-        replies = judge.ask(asked, scored, told.append)
+        asked, told = ["one", "two", "three", "four"], []
+        replies = endpoint(server, tmp_path).ask(asked, scored, told.append)
         assert replies == ["" if isinstance(b, int) else b for b in bad] + ["5"]
-        assert judge.refused == 2 and told == [0, 1, 2, 3, 4]
+        assert told == [0, 1, 2, 3, 4]
         again = endpoint(server, tmp_path, offline=True)
         assert again.ask(asked, scored) == replies and len(server.asked) == 4
+        # What is kept says that the server takes questions, if this one is the only new one.
+        server.script = [400]
+        assert endpoint(server, tmp_path).ask([*asked, "five"], scored) == [*replies, ""]
 
 
 def test_a_server_that_refuses_every_question_is_believed(tmp_path):
-    with serving(*[400] * 9) as server:
-        with pytest.raises(InputError, match="status 400; the model may not know --temperature"):
-            endpoint(server, tmp_path).ask([str(n) for n in range(9)], scored)
-        assert len(server.asked) == 3
-        assert not (tmp_path / "cache.jsonl").exists()
-        with pytest.raises(InputError, match="status 400"):
+    with serving(*[400] * 14) as server:
+        says = "status 400; the model may not know --temperature"
+        with pytest.raises(InputError, match=says):
+            endpoint(server, tmp_path).ask([str(n) for n in range(12)], scored)
+        assert len(server.asked) == 10
+        with pytest.raises(InputError, match=says):  # fewer questions than it takes to be sure
             endpoint(server, tmp_path).ask(["one", "two"], scored)
+        assert not (tmp_path / "cache.jsonl").exists()
+
+
+def test_a_server_that_begins_to_refuse_ends_the_run_and_is_asked_again(tmp_path):
+    asked = [str(n) for n in range(16)]
+    with serving("8", *[400] * 10, text="5") as server:
+        with pytest.raises(InputError, match="status 400"):
+            endpoint(server, tmp_path).ask(asked, scored)
+        assert len(server.asked) == 11
+        assert endpoint(server, tmp_path).ask(asked, scored) == ["8"] + ["5"] * 15
 
 
 def test_the_key_is_sent_and_is_nowhere_else(tmp_path, caplog, capfd):

@@ -13,6 +13,7 @@ from minillm_jax.methods import divergence, minillm, sft
 from minillm_jax.methods.accumulate import lengths, spread
 from minillm_jax.methods.on_policy import OnPolicy
 from minillm_jax.models import decoder
+from minillm_jax.objectives import vocab
 from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.train_state import TrainState
 from tests.methods import test_minillm as mini
@@ -63,9 +64,17 @@ def test_windows_change_no_update(kind, monkeypatch):
         read.append(tokens.shape[1])
         return forward(self, tokens, *rest, **options)
 
+    asked, loss_sum = [], vocab.loss_sum
+
+    def in_blocks(*args, **options):
+        asked.append(options["short"])
+        return loss_sum(*args, block=4, **options)  # a position of the rows of a micro-batch
+
     monkeypatch.setattr(decoder.Decoder, "__call__", watched)
+    monkeypatch.setattr(vocab, "loss_sum", in_blocks)
     got, found = made(kind, windows).update(start(), mini.P, arranged)
-    assert set(read) == set(windows)
+    assert set(read) == set(windows)  # each is traced; which one runs: test_accumulate
+    assert all(asked)
     for name, value in metrics.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     scale = float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(want.opt_state[0].trace))))

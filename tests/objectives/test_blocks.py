@@ -56,7 +56,9 @@ def _gradients(how):
 @pytest.mark.parametrize("how", ["loss_sum", "scores", "short"])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_the_head_is_summed_over_the_devices_once(how, sizes, drawn):
-    alone = _gradients(how)(*drawn)
+    if how == "short":
+        drawn = *drawn[:3], drawn[3] & (np.arange(N) < 13)
+    alone = _gradients("loss_sum" if how == "short" else how)(*drawn)
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         compiled = _gradients(how).lower(*_on(mesh, drawn)).compile()
@@ -94,7 +96,7 @@ def test_no_block_beyond_the_longest_row_is_read(longest, divergence, drawn):
     mask[-1, :longest] = True
     read = []
 
-    def loss(values, extras, mask):
+    def loss(values: Any, extras: Any, mask: Any) -> Any:
         jax.debug.callback(lambda x: read.append(x), mask.sum())
         return sum(values.values())
 

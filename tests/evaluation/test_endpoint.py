@@ -144,7 +144,7 @@ def test_a_question_that_is_refused_among_others_has_no_reply(tmp_path, bad):
         again = endpoint(server, tmp_path, offline=True)
         assert again.ask(asked, scored) == replies and len(server.asked) == 4
         # What is kept says that the server takes questions, if this one is the only new one.
-        server.script = [400]
+        server.script.append(400)
         assert endpoint(server, tmp_path).ask([*asked, "five"], scored) == [*replies, ""]
 
 

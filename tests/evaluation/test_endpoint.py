@@ -159,6 +159,12 @@ def test_a_server_that_refuses_every_question_is_believed(tmp_path):
         assert not (tmp_path / "cache.jsonl").exists()
 
 
+def test_questions_that_are_refused_here_and_there_end_no_run(tmp_path):
+    with serving(*([400] * 5 + ["8"]) * 3) as server:
+        replies = endpoint(server, tmp_path).ask([str(n) for n in range(18)], scored)
+        assert replies == ([""] * 5 + ["8"]) * 3
+
+
 def test_a_server_that_begins_to_refuse_ends_the_run_and_is_asked_again(tmp_path):
     asked = [str(n) for n in range(16)]
     with serving("8", *[400] * 10, text="5") as server:

@@ -149,9 +149,9 @@ def _curves(workdir: Path) -> dict[str, dict[str, list[reporting.Curve]]]:
     found: dict[str, dict[str, list[reporting.Curve]]] = {name: {} for name in reporting.CURVES}
     for place in sorted(workdir.glob("seed*")):
         rows = read_rows(place / "metrics.jsonl")
-        for file in sorted(place.glob("stages/*/done.json")):
-            done, method = read_json(file), file.parent.name
-            if "all_tokens" not in done:  # of a stage that the methods share
+        for method in _judged(place):
+            done = pipeline.read_done(place, method) or {}
+            if "all_tokens" not in done:  # the teacher, or the student at the start
                 continue
             own = [row for row in rows if row.get("stage") == method]
             before = done["all_tokens"] - done["tokens"]

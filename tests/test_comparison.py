@@ -104,7 +104,7 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     assert (workdir / "compare.png").read_bytes()[:4] == b"\x89PNG"
     curves = comparison._curves(workdir)
     assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert set(curves["valid_loss"]) == {"kd", "gkd"} and len(curves["valid_loss"]["gkd"]) == 2
+    assert list(curves["valid_loss"]) == methods and len(curves["valid_loss"]["gkd"]) == 2
     for method, seeds in curves["valid_loss"].items():
         ends = [curve[-1][0] for curve in seeds]
         assert ends == table[method]["tokens"]["values"]

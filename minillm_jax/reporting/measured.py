@@ -45,7 +45,7 @@ def length_chart(test: str, models: Models) -> Chart | None:
             axes.bar(at, scores, width=0.92 * width, color=colour_of(model))
             if any(errors):
                 axes.errorbar(at, scores, yerr=errors, fmt="none", ecolor=INK, capsize=2, lw=1.2)
-        ticks = [f"{_range(b)} words\n{counts[b]} prompts" for b in buckets]
+        ticks = [f"{_range(b)} words\n{counts[b]:g} prompts" for b in buckets]
         axes.set_xticks(range(len(buckets)), ticks)
         axes.grid(axis="y", linewidth=1)
         name = f"lengths-{test}"

@@ -69,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="of the plans")
     parser.add_argument("--print", action="store_true", help="make none")
+    parser.add_argument("--quick", action="store_true", help="as for minillm_jax.plan")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -77,7 +78,8 @@ def main() -> None:
             file = options.folder / f"{config}-{student}-{topology.replace(':', '-')}.json"
             words = [sys.executable, "-m", "minillm_jax.plan", *command(config, student, topology)]
             if not file.exists() and not options.print:
-                subprocess.run([*words, f"--json={file}"], check=False, stdout=sys.stderr)
+                more = [f"--json={file}", *["--quick"] * options.quick]
+                subprocess.run([*words, *more], check=False, stdout=sys.stderr)
             if file.exists():
                 lines.append(row(config, student, json.loads(file.read_text(encoding="utf-8"))))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")

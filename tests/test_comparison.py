@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import jax
 import pytest
 from matplotlib.figure import Figure
 
@@ -18,14 +17,6 @@ from minillm_jax.reporting.writers import MetricsWriter
 from minillm_jax.stages import Run
 from minillm_jax.types import InputError
 from tests.toy_run import compilation_cache, one_device, toy_config
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def finished(workdir):

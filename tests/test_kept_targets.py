@@ -2,21 +2,11 @@
 
 import json
 
-import jax
 import numpy as np
-import pytest
 
 from minillm_jax import pipeline
 from minillm_jax.rollout import score
 from tests.toy_run import one_device, toy_config
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def losses(workdir):

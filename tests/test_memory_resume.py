@@ -3,20 +3,11 @@
 import json
 import shutil
 
-import jax
 import pytest
 
 from minillm_jax import pipeline
 from minillm_jax.checkpoint import Checkpoints
 from tests.toy_run import one_device, toy_config
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Killed(Exception):

@@ -16,14 +16,6 @@ from minillm_jax.types import InputError
 from tests.toy_run import one_device, toy_config
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     one_device(monkeypatch)

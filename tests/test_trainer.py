@@ -210,14 +210,6 @@ METHOD: Any = minillm.method(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Prompts:
     """Other prompts for every collection."""
 

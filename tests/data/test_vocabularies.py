@@ -16,14 +16,6 @@ from minillm_jax.types import InputError
 from tests.toy_models import prompts
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def gpt2(shared: Path) -> Tokenizer:
     return load_tokenizer(shared / "tokenizers/gpt2")

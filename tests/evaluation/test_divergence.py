@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 
 from minillm_jax.evaluation import divergence
 from minillm_jax.objectives import token
@@ -12,14 +11,6 @@ from tests.toy_models import full_logits, prompts, toy
 VOCAB = 7
 STUDENT, Q = toy(0, vocab=VOCAB + 2)
 TEACHER, P = toy(1, vocab=VOCAB + 1, layers=1, width=24)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def batch(rows=6, slots=8):

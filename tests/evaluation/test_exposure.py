@@ -63,14 +63,6 @@ def test_the_band_is_that_of_the_prompts():
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @jax.jit
 def distributions(batch):
     """q and p at every position of the responses, [B, N, V] each."""

@@ -2,19 +2,10 @@
 
 import jax
 import numpy as np
-import pytest
 
 from minillm_jax.evaluation import divergence
 from tests.evaluation.test_divergence import STUDENT, TEACHER, VOCAB, P, Q, batch
 from tests.toy_models import full_logits
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_sums_are_those_of_the_full_logits():

@@ -29,14 +29,6 @@ SGD = optax.chain(optax.trace(0.0), optax.sgd(0.02))
 SLOTS = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def who_writes(share, replay=None):
     return OnPolicy(share, SLOTS, eos_id=0, pad_id=0, vocab=VOCAB, replay=replay)
 

@@ -24,14 +24,6 @@ from tests.toy_models import toy
 BLOCKS = jax.random.randint(jax.random.key(0), (8, 12), 0, VOCAB)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def method(name, corpus=None, micro_batches=1) -> Any:
     models = STUDENT, TEACHER, SGD, lambda count: jnp.float32(0.1)

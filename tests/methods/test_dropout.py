@@ -23,14 +23,6 @@ SGD = optax.sgd(0.1)
 NAMES = ("sft", "kd")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def method(name, rate=0.2, seed: int | None = 3, micro_batches=1):
     config = dataclasses.replace(CONFIG, dropout=rate)

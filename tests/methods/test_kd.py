@@ -26,14 +26,6 @@ TEACHER, P = toy(1, vocab=VOCAB + 1, layers=1, width=24)
 SGD = optax.chain(optax.trace(0.0), optax.sgd(0.02))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def word_level(*args, vocab=VOCAB, **options):
     """KD as the registry has it: cross-entropy with the teacher, on given answers alone."""
     given = OnPolicy(0.0, 4, eos_id=0, pad_id=0, vocab=vocab)

@@ -35,14 +35,6 @@ SGD = optax.chain(optax.trace(0.0), optax.clip_by_global_norm(1.0), optax.sgd(0.
 TRACES: list[str] = []
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def method(name, micro_batches=1) -> Any:  # a Method that has `collect`
     def rate(count):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from minillm_jax.methods import sft
 from minillm_jax.models import head, hidden_states, logits
@@ -42,14 +41,6 @@ def wider(found, prompt, response, fill=3):
 # Plain descent: Adam would turn a rounding error in a gradient near 0 into a whole step.
 SGD = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 TRACES: list[int] = []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

@@ -22,14 +22,6 @@ from tests.methods.test_sft import batch
 MICRO = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def made(kind, windows) -> Any:
     """A method of each file of `methods/`."""
     common = {"micro_batches": MICRO, "windows": windows}

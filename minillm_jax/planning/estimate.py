@@ -21,7 +21,7 @@ from minillm_jax.planning.targets import BUSY, Target, busy
 from minillm_jax.types import InputError
 
 HOP = 1e-6  # seconds from a chip to its neighbour, for a collective of any size
-EFFORT, LEAST_EFFORT = "jax_exec_time_optimization_effort", -1.0  # of a scale from -1 to 1
+EFFORT, LEAST_EFFORT = "jax_optimization_level", "O0"  # of O0 to O3
 FEW = (2, 4)  # layers with which an unrolled program is compiled
 _TRIES, _WAIT = 10, 30.0  # for the TPU compiler's lock
 

@@ -4,17 +4,16 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+from tests.compiling import xla_flags
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Three quarters of the suite's time are compilation, and this halves that. Tests of what the
-# compiler makes of a program have the mark `optimized`.
+# Halves the compilation. Tests of what the compiler makes of a program have the mark `optimized`.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from minillm_jax.models import hf
+from tests.compiling import xla_flags
 from tests.gcs_server import Server
 from tests.toy_run import write_config
 
@@ -48,8 +49,8 @@ def start(folder, workdir, processes, *flags, **environ):
     with socket.socket() as found:
         found.bind(("localhost", 0))
         address = f"localhost:{found.getsockname()[1]}"
-    flag = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
+    base = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    base |= {"XLA_FLAGS": xla_flags(DEVICES // processes)}
     base |= QUICK | {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     command = [sys.executable, "-W", "ignore", "-m", "tests.killed_run"]
     command += ["--config", str(folder / "toy.py"), "--workdir", str(workdir), *flags]

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from minillm_jax.models import abstract_params
 from minillm_jax.models.families import family_of
+from tests.compiling import xla_flags
 
 MB = 1 << 20
 CONFIG = {
@@ -105,7 +106,6 @@ def write(folder, suffix, **changes):
 def test_a_bfloat16_model_is_read_within_its_size_and_a_fifth(tmp_path, suffix, devices):
     assert write(tmp_path / "model", suffix) > 3
     write(tmp_path / "tiny", suffix, num_hidden_layers=1, hidden_size=32, vocab_size=64)
-    flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [
             sys.executable,
@@ -115,7 +115,7 @@ def test_a_bfloat16_model_is_read_within_its_size_and_a_fifth(tmp_path, suffix, 
             str(tmp_path / "tiny"),
             str(devices),
         ],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)},
         capture_output=True,
         text=True,
     )

@@ -127,12 +127,15 @@ def test_local_hands_signals_on(environ, tmp_path, number, code):
 echo up
 while true; do sleep 0.1; done""",
     )
+    # A shell that runs the tests in the background has it ignored, which children inherit.
+    ours = signal.signal(number, signal.SIG_DFL)
     script = subprocess.Popen(
         [LAUNCH / "local.sh", "--processes", "2", "--port", "1", "--devices", "1", "--", *FLAGS],
         env=environ | {"PYTHON": fake},
         stdout=subprocess.PIPE,
         text=True,
     )
+    signal.signal(number, ours)
     assert script.stdout
     assert {script.stdout.readline(), script.stdout.readline()} == {"[0] up\n", "[1] up\n"}
     script.send_signal(number)

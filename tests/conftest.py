@@ -17,6 +17,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """What takes minutes in processes of its own begins first: last, it would leave a core idle."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data beside the checkout; tests that need it skip when it is absent."""

@@ -1,4 +1,4 @@
-"""How the tests have XLA compile: soon, rather than well. Three quarters of their time go there."""
+"""How the tests have XLA compile: soon, rather than well: most of their time goes there."""
 
 from importlib.metadata import version
 

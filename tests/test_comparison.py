@@ -102,9 +102,10 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     shown = (workdir / "report.html").read_text()
     for words in (
         "Student, KD", "deviation over seeds", "<h2>Methods", "Exposure bias", "Reliability, sst2",
-        "<h2>Sample answers", "config toy · seed 0, 1",
+        "<h2>Sample answers", "config toy · seeds 0, 1",
     ):  # fmt: skip
         assert words in shown, words
+    assert " k ± " not in shown  # nobody's size differs between seeds
     text = (workdir / "compare.md").read_text()
     assert text.strip() in capsys.readouterr().err
 

@@ -24,9 +24,9 @@ def page(
         answers: by model, a row per prompt.
     """
     models = _means([{m: found["figures"] for m, found in models.items()} for models in seeds])
-    numbers = ", ".join(str(config.get("seed")) for config in configs)
+    numbers = [config.get("seed") for config in configs]
     return report.render(
-        summary={"config": configs[0].get("name"), "seed": numbers, "models": models},
+        summary={"config": configs[0].get("name"), "seeds": numbers, "models": models},
         rows=(),
         config=configs[0],
         answers=_side_by_side(answers),
@@ -45,7 +45,7 @@ def _means(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[s
         found[model] |= {
             key + DEVIATION: value["std"]
             for key, value in row.items()
-            if value["std"] is not None and not key.endswith(STDERR)
+            if value["std"] is not None and not key.endswith(STDERR) and key != "parameters"
         }
     return found
 

@@ -163,8 +163,9 @@ def _about(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     about = []
     if summary.get("config"):
         about.append(f"config {summary['config']}")
-    if summary.get("seed") is not None:
-        about.append(f"seed {summary['seed']}")
+    seeds = summary.get("seeds") or [s for s in (summary.get("seed"),) if s is not None]
+    if seeds:
+        about.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
     teacher = config.get("teacher")
     temperature = teacher.get("temperature", 1.0) if isinstance(teacher, Mapping) else 1.0
     if temperature != 1.0:

@@ -80,15 +80,18 @@ def base() -> ml_collections.ConfigDict:
     # All methods but MiniLLM. None: as the method has it (minillm_jax/methods/registry.py).
     config.distill.kd_ratio = config_dict.placeholder(float)  # the teacher's share of the loss
     config.distill.answers = config_dict.placeholder(str)  # given ones: teacher, or data
-    config.distill.cache_teacher = False  # read given answers once and keep its hidden states,
-    # or so many likeliest ids of a token, their log-probabilities and that of the rest; 0: exact
-    config.distill.cache_top_k = 0
+    # Let it read given answers once and keep of every token: its hidden state (states), or the K
+    # likeliest ids, their log-probabilities and that of the rest (topK); empty: nothing.
+    config.distill.cache_teacher = ""
     # Those made of a divergence: its name and parameter (minillm_jax/objectives/divergences.py),
     # the share of updates on the student's own answers, and how many of those are kept (0: none).
     config.distill.divergence = config_dict.placeholder(str)
     config.distill.parameter = config_dict.placeholder(float)
     config.distill.on_policy = config_dict.placeholder(float)
     config.distill.replay = config_dict.placeholder(int)
+    # The student begins with its logits divided by this. One that has read a few samples of a sharp
+    # teacher is less sure than that, and much of their reverse KL is this one number.
+    config.distill.start_temperature = 1.0
     # MiniLLM alone, from here on.
     config.distill.rollouts = 256  # responses per collection
     config.distill.collect_batch = 0  # most of them written at once, over all devices; 0: all

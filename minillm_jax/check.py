@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from minillm_jax import recipe
 from minillm_jax.data.templates import TEMPLATES
 from minillm_jax.methods import registry
 from minillm_jax.methods.registry import Entry
@@ -22,7 +23,6 @@ _LEAST = (
     | {f"distill.{name}": 1 for name in ("rollouts", "inner_epochs", "chunk")}
     | {
         "distill.collect_batch": 0,
-        "distill.cache_top_k": 0,
         "answers.batch_size": 1,
         "evaluate.batch_size": 1,
         "teacher_sft.steps": 0,
@@ -82,11 +82,10 @@ def check(config: Any, ways: int = 1) -> None:
             raise InputError(
                 f"config.{name}.kd_ratio={ratio}: the teacher's share is between 0 and 1"
             )
-    if not 0.01 <= config.teacher.temperature <= 100.0:
-        raise InputError(
-            f"config.teacher.temperature={config.teacher.temperature}: give a number from 0.01 to "
-            "100"
-        )
+    for name in ("teacher.temperature", "distill.start_temperature"):
+        value = _setting(config, name)
+        if not 0.01 <= value <= 100.0:
+            raise InputError(f"config.{name}={value}: give a number from 0.01 to 100")
     if not (config.teacher.path or config.teacher.fine_tuned):
         raise InputError("config.teacher.path is empty: give an HF folder or a GGUF file")
     if config.student.fine_tuned and entry.start != "sft":
@@ -176,14 +175,10 @@ def check_learning(config: Any, entry: Entry) -> None:
         )
     if d.cache_teacher and not meets_on_given(config):
         raise InputError(
-            f"config.distill.cache_teacher=True: {config.method} does not meet the teacher on "
-            "given answers alone, so nothing can be kept; set it to False"
+            f"config.distill.cache_teacher={d.cache_teacher}: {config.method} does not meet the "
+            "teacher on given answers alone, so nothing can be kept; leave it empty"
         )
-    if d.cache_top_k and not d.cache_teacher:
-        raise InputError(
-            f"config.distill.cache_top_k={d.cache_top_k} without config.distill.cache_teacher, "
-            "which it is of: set that to True, or this to 0"
-        )
+    recipe.kept_ids(d.cache_teacher)
     copy = not (config.student.path or config.student.fine_tuned or config.student.keep_layers)
     if entry.kind == "divergence" and entry.start == "base" and copy:
         if config.teacher.temperature == 1 and d.kd_ratio == 1:

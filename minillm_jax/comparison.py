@@ -162,11 +162,11 @@ def _curves(workdir: Path) -> dict[str, dict[str, list[reporting.Curve]]]:
 
 def _of(config: Any, method: str, seed: int) -> Any:
     """The experiment of one method and seed; targets are kept for those that can read them."""
-    without = config.distill.cache_teacher and not _keeps(config, method)
+    without = bool(config.distill.cache_teacher) and not _keeps(config, method)
     config = config.copy_and_resolve_references()
     config.method, config.seed = method, seed
     if without:
-        config.distill.cache_teacher, config.distill.cache_top_k = False, 0
+        config.distill.cache_teacher = ""
     return config
 
 
@@ -174,8 +174,9 @@ def _say_who_keeps(config: Any, methods: Sequence[str]) -> None:
     without = [method for method in methods if not _keeps(config, method)]
     if len(without) == len(methods):
         raise InputError(
-            f"config.distill.cache_teacher=True: none of {', '.join(methods)} meets the teacher on "
-            "the given answers alone, so nothing can be kept; set it to False"
+            f"config.distill.cache_teacher={config.distill.cache_teacher}: none of "
+            f"{', '.join(methods)} meets the teacher on the given answers alone, so nothing can be "
+            "kept; leave it empty"
         )
     for method in without:
         print(f"{method}: has no use for kept targets", file=hosts.log())

@@ -66,10 +66,27 @@ def outline(config: Any) -> Outline:
         fine_tuned_student=config.student.fine_tuned,
         student_of_teacher=not (config.student.path or config.student.fine_tuned),
         given=config.distill.answers or config.answers.source,
-        caches=config.distill.cache_teacher,
+        caches=bool(config.distill.cache_teacher),
         needs_teacher=not (
             registry.find(config.method).kind == "divergence" and not config.distill.kd_ratio
         ),
+    )
+
+
+def kept_ids(cache_teacher: str) -> int:
+    """How many of the teacher's likeliest ids are kept of a token; 0: its hidden state, or nothing.
+
+    Raises:
+        InputError: neither empty, `states` nor `topK`.
+    """
+    if cache_teacher in ("", "states"):
+        return 0
+    number = cache_teacher.removeprefix("top")
+    if cache_teacher.startswith("top") and number.isdecimal() and int(number):
+        return int(number)
+    raise InputError(
+        f"config.distill.cache_teacher={cache_teacher!r}: use states (exact), or as top50 the "
+        "number of likeliest ids to keep"
     )
 
 

@@ -67,6 +67,7 @@ SETTINGS: list[tuple[str, Any, str]] = (
     + [
         ("distill.alpha", 1.5, "the teacher's share is between 0 and 1"),
         ("teacher.temperature", 0.0, "config.teacher.temperature=0.0: give a number from 0.01 to"),
+        ("distill.start_temperature", 0.0, "config.distill.start_temperature=0.0: give a num"),
         ("distill.estimator", "mine", "config.distill.estimator='mine': "),
         ("distill.gamma", 2.0, "config.distill.gamma=2.0"),
         ("distill.batch_size", 3, "is not a multiple of config.distill.batch_size=3"),
@@ -127,8 +128,8 @@ for method, setting, says in (
     ("minillm_no_single_step", "data.max_response=1", "term begins at the second token, so th"),
     ("gkd", "distill.on_policy=1.5", "config.distill.on_policy=1.5: the student's share is b"),
     ("gkd", "distill.answers=data", "train.jsonl:1: no output; give config.data.train a JSON"),
-    ("kd", "distill.cache_top_k=8", "cache_top_k=8 without config.distill.cache_teacher, which it"),
-    ("gkd", "distill.cache_teacher=True", "gkd does not meet the teacher on given answers al"),
+    ("kd", "distill.cache_teacher=True", "cache_teacher='True': use states (exact), or as top50"),
+    ("gkd", "distill.cache_teacher=states", "gkd does not meet the teacher on given answers al"),
     ("distillm", "distill.replay=4", "config.distill.replay=4: keep at least the answers of"),
     ("jsd", "distill.divergence=kl", "config.distill.divergence='kl': choose from forward_kl"),
     ("jsd", "distill.parameter=2.0", "config.distill.parameter=2.0: beta of jsd lies from 0"),

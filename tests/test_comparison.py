@@ -33,7 +33,7 @@ def test_two_methods_over_two_seeds(tmp_path, monkeypatch, capsys):
     sentences = tmp_path / "sentences.jsonl"
     sentences.write_text('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": 0}\n')
     config.evaluate.calibration, config.data.max_prompt = (f"sst2:1={sentences}",), 118
-    config.distill.keep, config.distill.cache_teacher = "loss", True
+    config.distill.keep, config.distill.cache_teacher = "loss", "states"
     methods = ["kd", "gkd"]
     with compilation_cache(tmp_path / "programs"):
         table = comparison.compare(config, workdir, methods, seeds=2)
@@ -165,7 +165,7 @@ def test_the_schedule_is_that_of_the_rows_which_a_method_reads(tmp_path, monkeyp
 def test_targets_are_kept_for_the_methods_that_can_read_them(tmp_path, monkeypatch, capsys):
     one_device(monkeypatch)
     config = toy_config(tmp_path)
-    config.distill.cache_teacher, config.distill.cache_top_k = True, 4
+    config.distill.cache_teacher = "top4"
     methods = ["kd", "jsd", "seqkd", "seqkd_kd", "gkd", "distillm", "minillm"]
     for source, keep in (("data", ["kd", "jsd"]), ("teacher", ["kd", "jsd", "seqkd_kd"])):
         config.answers.source = source
@@ -177,7 +177,7 @@ def test_targets_are_kept_for_the_methods_that_can_read_them(tmp_path, monkeypat
         comparison._say_who_keeps(config, methods)
         said = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
         assert said == [method for method in methods if method not in keep]
-    with pytest.raises(InputError, match="cache_teacher=True: none of gkd, minillm meets the"):
+    with pytest.raises(InputError, match="cache_teacher=top4: none of gkd, minillm meets the"):
         comparison.compare(config, tmp_path / "compare", ["gkd", "minillm"], 1)
 
 

@@ -20,7 +20,7 @@ def test_kept_targets_teach_the_same(tmp_path, monkeypatch):
     config.method, config.distill.keep, config.answers.batch_size = "akl", "loss", 3
     pipeline.execute(config, tmp_path / "beside", ["teacher_answers", "distill"])
 
-    config.distill.cache_teacher = True
+    config.distill.cache_teacher = "states"
     read, layers = [], score.hidden_states
 
     def recorded(model, *args, **options):
@@ -43,13 +43,13 @@ def test_kept_targets_teach_the_same(tmp_path, monkeypatch):
     np.testing.assert_allclose(losses(workdir), losses(tmp_path / "beside"), rtol=2e-5)
 
     # All ids of the vocabulary are the same teacher; fewer are another one.
-    config.distill.cache_top_k, workdir = 1000, tmp_path / "cut"
+    config.distill.cache_teacher, workdir = "top1000", tmp_path / "cut"
     pipeline.execute(config, workdir, ["teacher_answers", "teacher_targets"])
     read.clear()
     pipeline.execute(config, workdir, ["distill"])
     assert set(read) == {1}
     np.testing.assert_allclose(losses(workdir), losses(tmp_path / "beside"), rtol=2e-5)
-    config.distill.cache_top_k, workdir = 3, tmp_path / "cut to 3"
+    config.distill.cache_teacher, workdir = "top3", tmp_path / "cut to 3"
     pipeline.execute(config, workdir, ["teacher_answers", "teacher_targets"])
     kept = np.load(workdir / "stages" / "teacher_targets" / "states" / "00000.npy")
     assert kept["ids"].shape[1:] == (3,) and kept["log_p"].shape[1:] == (4,)

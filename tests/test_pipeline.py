@@ -262,7 +262,8 @@ def test_a_run_in_windows_is_the_run_in_all_slots(tmp_path, monkeypatch, method)
     """Rows are arranged, those of a collection and those with kept targets, too."""
     one_device(monkeypatch)
     config, arranged, spread = with_answers(tmp_path, teacher_sft__steps=0), [], training.spread
-    config.method, config.distill.cache_teacher = method, method == "kd"
+    config.method = method
+    config.distill.cache_teacher = "states" if method == "kd" else ""
     config.sft.micro_batch = config.distill.micro_batch = 2
     stages = {"minillm": ["student_sft", "distill"], "kd": ["teacher_targets", "distill"]}[method]
     pipeline.execute(config, tmp_path / "slots", stages)
@@ -286,7 +287,7 @@ def test_a_run_in_windows_is_the_run_in_all_slots(tmp_path, monkeypatch, method)
     assert len(arranged) == 4 * len(trained)
     assert len({int(np.searchsorted((8, 12), n)) for each in arranged for n in each}) > 1
     # What the student writes in an update depends on the place of the prompt.
-    config.method, config.distill.cache_teacher = "gkd", False
+    config.method, config.distill.cache_teacher = "gkd", ""
     assert training._arrange(pipeline.Builder(config, tmp_path), "distill") is None
 
 
@@ -589,3 +590,21 @@ def test_a_dry_run_describes_and_touches_nothing(copy, tmp_path, monkeypatch):
     }  # fmt: skip
     assert found["devices"]["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
     assert files_of(workdir) == before and not (tmp_path / "new").exists()
+
+
+def test_the_student_begins_at_the_temperature_that_is_asked_for(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config, workdir, seen = toy_config(tmp_path), tmp_path / "run", []
+    config.distill.start_temperature = 0.5
+    pipeline.execute(config, workdir, ["teacher_answers", "student_sft"])
+    validation = training.validation
+
+    def watched(run, model, wanted, *source):
+        seen.append(np.asarray(model.params["final_norm"]["scale"]))
+        return validation(run, model, wanted, *source)
+
+    monkeypatch.setattr(training, "validation", watched)
+    pipeline.execute(config, workdir, ["distill"])
+    sft = load_file(workdir / "stages" / "student_sft" / "model" / "model.safetensors")
+    np.testing.assert_allclose(seen[0], 2 * sft["model.norm.weight"], rtol=1e-6)
+    assert np.abs(seen[-1] - seen[0]).max() > 0  # and learns from there

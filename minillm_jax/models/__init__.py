@@ -10,6 +10,7 @@ from minillm_jax.models.decoder import (
     init_params,
     logical_axes,
     logits,
+    with_temperature,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "logical_axes",
     "logits",
     "unstack",
+    "with_temperature",
 ]

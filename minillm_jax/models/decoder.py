@@ -166,6 +166,24 @@ def hidden_states(
     return take(hidden, place)
 
 
+def with_temperature(config: DecoderConfig, params: Params, temperature: float) -> Params:
+    """Return parameters with which all logits are divided by `temperature`, in any file format.
+
+    Unlike `config.logit_scale` it stays with the weights: in the last norm, or where there is none
+    (OPT-350m) in the projection after the layers, and in the bias of the head.
+    """
+    last = "final_norm" if config.norm_first else "project_out"
+    parts = [name for name in (last, "head") if name in params]
+    if last not in parts:
+        raise ValueError("no norm or projection after the layers to take the temperature")
+
+    def divided(part: str, name: str, value: jax.Array) -> jax.Array:
+        return value if (part, name) == ("head", "weight") else value / temperature
+
+    found = {p: {n: divided(p, n, x) for n, x in params[p].items()} for p in parts}
+    return {**params, **found}
+
+
 def head(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) -> Head:
     """Return the output head, which shares the token embedding when `tied_head`.
 

@@ -1,7 +1,7 @@
 """The stage in which the teacher reads the given answers once, for all epochs and methods.
 
-What it keeps is exact, its hidden states, or with `distill.cache_top_k` the likeliest ids of every
-token with their log-probabilities and that of all others together (`objectives.top_k`).
+What it keeps is exact, its hidden states, or with `distill.cache_teacher=topK` the K likeliest ids
+of every token with their log-probabilities and that of all others together (`objectives.top_k`).
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minillm_jax import hosts
+from minillm_jax import hosts, recipe
 from minillm_jax.data.targets import Given, Targets
 from minillm_jax.models import DecoderConfig, head, logits
 from minillm_jax.objectives import top_k
@@ -98,7 +98,7 @@ def _likeliest(
 
 def _cut_to(run: Run) -> int:
     """How many ids of a token are kept; 0: hidden states are."""
-    return min(run.build.config.distill.cache_top_k, run.build.vocab)
+    return min(recipe.kept_ids(run.build.config.distill.cache_teacher), run.build.vocab)
 
 
 def _targets(run: Run) -> Targets:

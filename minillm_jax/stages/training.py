@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from minillm_jax.geometry import in_words
 from minillm_jax.methods import Method
 from minillm_jax.methods.accumulate import spread
 from minillm_jax.modelfiles import Model
-from minillm_jax.models import DecoderConfig
+from minillm_jax.models import DecoderConfig, with_temperature
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.watch import Watch
 from minillm_jax.sharding import batch_sharding, place, take_rows
@@ -40,6 +40,13 @@ class Start:
     config: DecoderConfig
     hf_config: dict[str, Any]
     load: Callable[[], Params]
+
+    def at_temperature(self, temperature: float) -> "Start":
+        """The same model with its logits divided by `temperature`."""
+        if temperature == 1:
+            return self
+        load = lambda: with_temperature(self.config, self.load(), temperature)  # noqa: E731
+        return replace(self, load=load)
 
 
 def student(build: Builder, folder: Path | None = None) -> Start:
@@ -294,11 +301,12 @@ def distill(
     batches = build.data.batches(examples, size)
     after_sft = outline.entry.start == "sft" and not outline.fine_tuned_student
     headline = "reverse_kl" if collects else "loss"
+    start = student(build, run.model("student_sft") if after_sft else None)
     outcome = train(
         run,
         stage,
         method or assemble.distill(build),
-        student(build, run.model("student_sft") if after_sft else None),
+        start.at_temperature(c.start_temperature),
         section="distill",
         frozen=build.teacher.params if outline.needs_teacher else None,
         batches=with_targets(run, batches) if outline.caches else batches,

@@ -19,6 +19,7 @@ from minillm_jax.models import (
     logical_axes,
     logits,
     unstack,
+    with_temperature,
 )
 from minillm_jax.models.attention import attend, rotary_angles, rotary_frequencies, rotate
 
@@ -57,6 +58,23 @@ def test_the_logit_scale_multiplies_every_logit_read_at_once_or_through_the_cach
     scaled = read(dataclasses.replace(config, logit_scale=2.5))
     for plain, found in zip(read(config), scaled, strict=True):
         np.testing.assert_allclose(found, 2.5 * plain, atol=ATOL, rtol=1e-5)
+
+
+def test_a_temperature_in_the_weights_divides_every_logit(config):
+    params, tokens, mask = params_of(config), tokens_of(2, 6), jnp.ones((2, 6), bool)
+
+    def read(params):
+        return logits(head(config, params), hidden_states(config, params, tokens, mask))
+
+    colder = with_temperature(config, params, 0.4)
+    np.testing.assert_allclose(read(colder), read(params) / 0.4, atol=ATOL, rtol=1e-5)
+    assert jax.tree.structure(colder) == jax.tree.structure(params)
+
+
+def test_a_decoder_that_has_no_place_for_a_temperature_says_so():
+    config = dataclasses.replace(LLAMA, norm_first=False)
+    with pytest.raises(ValueError, match="no norm or projection"):
+        with_temperature(config, params_of(config), 0.4)
 
 
 def test_the_logit_scale_is_exact_in_bfloat16():

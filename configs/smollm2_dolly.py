@@ -2,8 +2,8 @@
 
     python -m minillm_jax.compare --config configs/smollm2_dolly.py --methods sft,kd,seqkd,minillm
 
-Models and settings are those of the quickstart. Students learn first from dolly's own answers, as
-the paper's do; SeqKD and the judgement are by the teacher as it is, at its temperature of 0.6.
+Models and most settings are those of the quickstart. Students learn first from dolly's own answers,
+as the paper's do; SeqKD and the judgement are by the teacher as it is, at its temperature of 0.6.
 Prompts of more than 64 tokens, most of those with a passage to read, are left out. The data is
 found as that of `configs/gpt2_tiny_dolly.py` is; `:tiny` takes random models.
 """
@@ -26,6 +26,8 @@ def get_config(arg: str = ""):
     config.data.long_prompts = "drop"
     config.answers.limit = 256  # of SeqKD
     config.sft.steps, config.distill.steps = 12, 24
+    config.distill.batch_size = config.sft.batch_size
+    config.distill.start_temperature = 1.0  # a method shows what it does from the same student
     for stage in (config.sft, config.distill):  # all methods are chosen by the same figure
         stage.evaluate_every = stage.save_every = 12
         stage.keep = "reverse_kl"

@@ -77,6 +77,9 @@ def base() -> ml_collections.ConfigDict:
     config.distill.batch_size = 64
     config.distill.evaluate_every = 100
     config.distill.keep = "reverse_kl"
+    # The student begins with its logits divided by this. One that has read a few samples of a sharp
+    # teacher is less sure than that, and much of their reverse KL is this one number.
+    config.distill.start_temperature = 1.0
     # All methods but MiniLLM. None: as the method has it (minillm_jax/methods/registry.py).
     config.distill.kd_ratio = config_dict.placeholder(float)  # the teacher's share of the loss
     config.distill.answers = config_dict.placeholder(str)  # given ones: teacher, or data
@@ -89,9 +92,6 @@ def base() -> ml_collections.ConfigDict:
     config.distill.parameter = config_dict.placeholder(float)
     config.distill.on_policy = config_dict.placeholder(float)
     config.distill.replay = config_dict.placeholder(int)
-    # The student begins with its logits divided by this. One that has read a few samples of a sharp
-    # teacher is less sure than that, and much of their reverse KL is this one number.
-    config.distill.start_temperature = 1.0
     # MiniLLM alone, from here on.
     config.distill.rollouts = 256  # responses per collection
     config.distill.collect_batch = 0  # most of them written at once, over all devices; 0: all

@@ -56,7 +56,7 @@ def get_config(arg: str = ""):
     config.distill.learning_rate = 1e-4
     config.distill.warmup = 2
     config.distill.schedule = "cosine"
-    # At the end alone: 24 answers tell no better from a later student than 0.1 nats.
+    # At the end alone: by 24 answers students are not told apart that differ by 0.1 nats.
     config.distill.evaluate_every, config.distill.save_every = 40, 20
 
     config.evaluate.batch_size = 64

@@ -118,7 +118,7 @@ def main() -> None:
             cases.append(one)
             ours, theirs = one["blocks"], one["plain"]
             print(
-                f"| {name} | {size:,} | {ours['seconds']:.2f} / {theirs['seconds']:.2f}"
+                f"| {name} | {size:,} | {ours['seconds']:.3g} / {theirs['seconds']:.3g}"
                 f" | {one['time_ratio']:.2f}"
                 f" | {ours['temp_bytes'] / 1e6:.0f} / {theirs['temp_bytes'] / 1e6:.0f}"
                 f" = 1/{1 / one['temp_ratio']:.1f} | 1/{1 / one['memory_ratio']:.1f}"

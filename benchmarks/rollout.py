@@ -61,14 +61,14 @@ def main() -> None:
     if "collection" in parts:
         found["collection"] = one = collection(pair, asked)
         for name, value in one["seconds"].items():
-            print(f"{name}: {value:.1f} s")
+            print(f"{name}: {value:.3g} s")
         print(f"price of the teacher at alpha {ALPHA}: {one['price']:.2f} of teacher-only decoding")
         print(f"the reference's schedule: {one['against_reference']:.1f} times ours", flush=True)
     if "early" in parts:
         found["early"] = one = early_ending(pair, asked)
         print(
             f"{asked.batch} answers of {one['tokens']} tokens in {asked.longest} slots each:"
-            f" {one['fixed']:.1f} s with all slots, {one['shrinking']:.1f} s as rows leave:"
+            f" {one['fixed']:.3g} s with all slots, {one['shrinking']:.3g} s as rows leave:"
             f" {one['ratio']:.2f} times"
         )
     if asked.json:
@@ -86,13 +86,14 @@ def steps(pair: models.Pair, asked: argparse.Namespace) -> dict:
         bound = step_bound(pair.teacher, pair.teacher_params, rows, asked, rate, bytes_per_s)
         found.append({"rows": rows, "seconds": seconds, "bound": bound})
         share = f"{100 * bound / seconds:.0f} %"
-        print(f"| {rows} | {1e3 * seconds:.0f} | {1e3 * bound:.0f} | {share} |", flush=True)
+        print(f"| {rows} | {1e3 * seconds:.3g} | {1e3 * bound:.3g} | {share} |", flush=True)
     return {"matmul_flops_per_s": rate, "bytes_per_s": bytes_per_s, "steps": found}
 
 
-def _sampler(config: DecoderConfig, params, given, slots: int, pair: models.Pair):
+def _sampler(config: DecoderConfig, params, given, slots: int, pair: models.Pair, dtype: str):
     """A call that samples `slots` tokens for every prompt, from one model."""
     options = {"warp": Warp(), "eos_id": pair.vocab, "pad_id": 0, "vocab": pair.vocab}
+    options["dtype"] = dtype
     key = jax.random.key(2)
     return lambda: generate(
         config, params, given.prompt, given.prompt_mask, key, slots=slots, **options
@@ -104,7 +105,7 @@ def step_seconds(pair: models.Pair, rows: int, asked: argparse.Namespace) -> flo
     given = models.prompts(rows, asked.prompt, pair.vocab)
     short = max(asked.slots // 4, 1)
     calls = {
-        name: _sampler(pair.teacher, pair.teacher_params, given, slots, pair)
+        name: _sampler(pair.teacher, pair.teacher_params, given, slots, pair, asked.dtype)
         for name, slots in (("long", asked.slots), ("short", short))
     }
     seconds = in_turn(calls, asked.repeats)
@@ -127,7 +128,7 @@ def step_bound(config, params, rows: int, asked, rate: float, bytes_per_s: float
 def collection(pair: models.Pair, asked: argparse.Namespace) -> dict:
     """Seconds of a collection and of what it is compared with, and the two ratios."""
     given = models.prompts(asked.batch, asked.prompt, pair.vocab)
-    alone = partial(_sampler, given=given, slots=asked.slots, pair=pair)
+    alone = partial(_sampler, given=given, slots=asked.slots, pair=pair, dtype=asked.dtype)
     student = alone(pair.student, pair.params)
 
     def mixed(chunk: int):

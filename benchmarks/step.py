@@ -42,8 +42,8 @@ def main() -> None:
         one = measure(name, pair, asked)
         found.append(one)
         print(
-            f"| {name} | {one['compile_seconds']:.1f} | {one['seconds']:.2f} | {one['gap']:.2f}"
-            f" | {one['tokens_per_s']:.0f} | {100 * one['mfu']:.0f} % |",
+            f"| {name} | {one['compile_seconds']:.1f} | {one['seconds']:.3g} | {one['gap']:.2g}"
+            f" | {one['tokens_per_s']:,.0f} | {100 * one['mfu']:.0f} % |",
             flush=True,
         )
     if asked.json:

@@ -110,7 +110,8 @@ def base() -> ml_collections.ConfigDict:
 
     # L_PT of MiniLLM on plain text, in blocks of max_prompt + max_response tokens.
     config.corpus = ml_collections.ConfigDict()
-    config.corpus.files = ()  # .txt, .txt.gz, or hub:OWNER/NAME; (): no corpus loss
+    # .txt, .txt.gz or hub:OWNER/NAME; ("answers",): what SFT reads; (): no corpus loss
+    config.corpus.files = ()
     config.corpus.coefficient = 1.0
     config.corpus.kd_ratio = 0.0  # kappa: share of the teacher's distribution in it
 

@@ -195,6 +195,6 @@ def tiny(config: Any, teacher: str, student: str) -> None:
     if registry.find(config.method).kind == "minillm":
         config.distill.steps, config.distill.rollouts, config.distill.inner_epochs = 4, 16, 1
         config.distill.collect_batch = 8
-    if config.corpus.files:
+    if config.corpus.files and config.corpus.files != ("answers",):
         file = text / "wikitext2_valid.txt.gz"
         config.corpus.files = (str(file) if file.is_file() else "scratch:text",)

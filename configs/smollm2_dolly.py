@@ -28,6 +28,7 @@ def get_config(arg: str = ""):
     config.sft.steps, config.distill.steps = 12, 24
     config.distill.batch_size = config.sft.batch_size
     config.distill.start_temperature = 1.0  # a method shows what it does from the same student
+    config.corpus.files = ()
     for stage in (config.sft, config.distill):  # all methods are chosen by the same figure
         stage.evaluate_every = stage.save_every = 12
         stage.keep = "reverse_kl"

@@ -115,6 +115,15 @@ def constrain(x: Any, *axes: str | None, units: Mapping[str, int] | None = None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
+def platform() -> str:
+    """Return "cpu", "gpu" or "tpu", that of the mesh in use; without one, the default backend's.
+
+    A program can be compiled for devices that are not here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def parts(axis: str, size: int) -> int:
     """Parts into which the mesh in use splits a dimension of a logical axis; 1: it stays whole."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -82,6 +82,7 @@ def check(config: Any, ways: int = 1) -> None:
             raise InputError(
                 f"config.{name}.kd_ratio={ratio}: the teacher's share is between 0 and 1"
             )
+    recipe.learns_from_answers(config.corpus.files)
     for name in ("teacher.temperature", "distill.start_temperature"):
         value = _setting(config, name)
         if not 0.01 <= value <= 100.0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minillm_jax import hosts, scratch
+from minillm_jax import hosts, recipe, scratch
 from minillm_jax.data import classification, hub, loader, sources, splits
 from minillm_jax.data import corpus as corpus_lib
 from minillm_jax.data import examples as examples_lib
@@ -221,30 +221,38 @@ class Data:
             long_prompts=c.long_prompts,
         )
 
-    def corpus(self) -> corpus_lib.Batches | None:
-        """Blocks of plain text, as many per update as responses; None without a corpus loss."""
+    def corpus(
+        self, answered: Callable[[], Sequence[Example]] | None = None
+    ) -> corpus_lib.Batches | None:
+        """Blocks of text, as many per update as responses; None without a corpus loss.
+
+        `answered` gives what SFT reads; if that is the text, there is none before.
+        """
         c = self.config.corpus
         if not c.files or c.coefficient == 0:
             return None
+        size = {"batch_size": self.config.distill.batch_size, "length": self.max_tokens}
+        size["seed"] = self.seed
+        if recipe.learns_from_answers(c.files):
+            if not answered:
+                return None
+            return self._once("corpus", lambda: corpus_lib.of_examples(answered(), **size))
 
         def make():
             made = f"{scratch.PREFIX}text"
             folder = self.workdir / "scratch"
             with hosts.main_first("text"):
                 files = [scratch.text(folder) if file == made else file for file in c.files]
-            length = self.max_tokens
             wanted = self.config.distill.steps * self.config.distill.batch_size
             most = min(wanted, corpus_lib.MOST_BLOCKS)
             models = [self.config[who].path for who in ("teacher", "student")]
-            which = json.dumps([list(map(str, files)), length, most, models])
+            which = json.dumps([list(map(str, files)), self.max_tokens, most, models])
             digest = hashlib.sha256(which.encode()).hexdigest()[:12]
             with hosts.main_first("corpus"):
                 return corpus_lib.batches(
                     files,
                     self.tokenizer,
-                    batch_size=self.config.distill.batch_size,
-                    length=length,
-                    seed=self.seed,
+                    **size,
                     most_blocks=most,
                     kept=self.workdir / f"corpus-{digest}.npy",
                 )

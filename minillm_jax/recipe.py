@@ -3,7 +3,7 @@
 Functions of a part of the config that `build` hands over; nothing here knows models or data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,19 @@ def kept_ids(cache_teacher: str) -> int:
         f"config.distill.cache_teacher={cache_teacher!r}: use states (exact), or as top50 the "
         "number of likeliest ids to keep"
     )
+
+
+def learns_from_answers(files: Sequence[str]) -> bool:
+    """Whether the text of the corpus loss is what SFT reads, and no file.
+
+    Raises:
+        InputError: it is to be both.
+    """
+    if "answers" in files and len(files) > 1:
+        raise InputError(
+            f"config.corpus.files={tuple(files)}: 'answers' stands alone; leave it or the files out"
+        )
+    return tuple(files) == ("answers",)
 
 
 def schedule(section: Mapping[str, Any], examples: int, *, on_policy: bool = False) -> Schedule:

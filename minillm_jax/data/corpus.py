@@ -2,7 +2,8 @@
 
 Documents are joined with an end of sequence after each, runs of newlines are one newline, and the
 whole is cut into blocks; what is left over at the end is dropped. A block may hold parts of
-several documents, which see each other, as in the reference.
+several documents, which see each other, as in the reference. Prompts with answers can be the text
+instead: one in a block, the rest of it padding.
 """
 
 import itertools
@@ -10,16 +11,19 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 
 from minillm_jax.data import hub
+from minillm_jax.data.examples import Example
 from minillm_jax.data.sources import decoded, lines
 from minillm_jax.data.tokenizer import Tokenizer
 from minillm_jax.types import InputError
 
 INSTEAD = "give files of plain text"
+PADDING = -1  # in a block
 MOST_BLOCKS = 320_000  # what the paper's 5000 updates of 64 blocks read, less than one epoch
 _PIECE = 2**16  # characters that are tokenised at a time: a long document in parts, on all cores
 _PIECES = 64
@@ -32,7 +36,7 @@ class Batches:
     Epochs follow each other without a gap, each in its own order.
     """
 
-    blocks: np.ndarray  # [blocks, T], the smallest type that holds the vocabulary
+    blocks: np.ndarray  # [blocks, T], the smallest type that holds the vocabulary and PADDING
     order: grain.MapDataset[int]
     batch_size: int
     process_index: int
@@ -101,9 +105,24 @@ def batches(
         with part.open("wb") as file:
             np.save(file, blocks)
         part.replace(kept)
+    return Batches(blocks, _order(blocks, seed), batch_size, process_index, process_count)
+
+
+def of_examples(examples: Sequence[Example], *, batch_size: int, length: int, seed: int) -> Batches:
+    """Blocks of `length` of one prompt with its answer each, in a new order in every epoch.
+
+    An answer that ends without an end of sequence was cut off, and nothing is said of what follows.
+    """
+    blocks = np.full((len(examples), length), PADDING, np.int32)
+    for block, example in zip(blocks, examples, strict=True):
+        ids = (*example.prompt, *example.response)[:length]
+        block[: len(ids)] = ids
+    return Batches(blocks, _order(blocks, seed), batch_size, 0, 1)
+
+
+def _order(blocks: np.ndarray, seed: int) -> Any:
     # Seeded through `seed`, as in `loader.batches`.
-    order = grain.MapDataset.range(len(blocks)).seed(seed).shuffle().repeat()
-    return Batches(blocks, order, batch_size, process_index, process_count)
+    return grain.MapDataset.range(len(blocks)).seed(seed).shuffle().repeat()
 
 
 def documents(path: str | Path, end: str) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
     L_PT = (1 - k) (-log q(d_t | d_<t)) + k (-sum_v p(v | d_<t) log q(v | d_<t))
 
-a mean over the T - 1 targets of every block of T tokens. k = 0 is the paper's, 0.5 the reference's.
+a mean over the targets of all blocks, T - 1 in T tokens without padding. k = 0 is the paper's, 0.5
+the reference's.
 """
 
 from dataclasses import dataclass
@@ -37,13 +38,13 @@ def sums(
     teacher: DecoderConfig,
     params: Params,
     teacher_params: Params,
-    tokens: jax.Array,  # [B, T]
+    tokens: jax.Array,  # [B, T], below 0 in padding
     *,
     size: int,
     dtype: str,
     remat: str = "none",
 ) -> reduce.Pair:
-    """(sum, count) of L_PT over the targets of full blocks; the teacher runs only if k > 0.
+    """(sum, count) of L_PT over the targets of blocks; the teacher runs only if k > 0.
 
     The teacher's arithmetic is in the type of its parameters, as in a collection.
     """
@@ -52,7 +53,8 @@ def sums(
         # The last state predicts what is beyond the block.
         return hidden_states(config, params, tokens, real, dtype=dtype, remat=remat)[:, :-1]
 
-    real = jnp.ones(tokens.shape, bool)
+    real = tokens >= 0
+    tokens = jnp.where(real, tokens, 0)
     states = None
     if loss.kd_ratio > 0:
         states = read(teacher, teacher_params, teacher_params["embed"]["tokens"].dtype)
@@ -73,8 +75,8 @@ def sums(
 def share(tokens: Any, count: jax.Array) -> jax.Array:
     """What a sum over corpus targets is multiplied by to count as a mean in a sum over `count`.
 
-    (S + share S_PT) / count = S / count + S_PT / (B (T - 1)): two means of unequal counts add up
-    in one sum, and so over micro-batches. `tokens` [B, T] and `count` are those of the update.
+    (S + share S_PT) / count = S / count + S_PT / targets: two means of unequal counts add up in
+    one sum, and so over micro-batches. `tokens` [B, T] and `count` are those of the update.
     """
-    targets = tokens.shape[0] * (tokens.shape[1] - 1)
-    return jnp.maximum(count, 1) / targets
+    targets = jnp.sum(tokens[:, 1:] >= 0)
+    return jnp.maximum(count, 1) / jnp.maximum(targets, 1)

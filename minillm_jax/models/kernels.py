@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from minillm_jax.axes import partition_spec, ways_of
+from minillm_jax.axes import partition_spec, platform, ways_of
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.types import InputError
 
@@ -39,13 +39,13 @@ def choose(
     Raises:
         InputError: a kernel that was asked for by name cannot take this pass.
     """
-    asked, platform = config.attention, _platform()
-    name = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla") if asked == "auto" else asked
+    asked, here = config.attention, platform()
+    name = {"gpu": "cudnn", "tpu": "splash"}.get(here, "xla") if asked == "auto" else asked
     if name == "xla":
         return name
     if asked == "auto" and name == "splash" and slots < SPLASH_FROM:
         return "xla"
-    limit = _limit(name, platform, config, rows, slots, jnp.dtype(dtype), dropout)
+    limit = _limit(name, here, config, rows, slots, jnp.dtype(dtype), dropout)
     if limit and asked != "auto":
         raise InputError(f"config.attention={name}: {limit}; --config.attention=auto avoids it")
     return "xla" if limit else name
@@ -99,7 +99,7 @@ def attend_packed(
         )
     # Splash has no scale; the product is rounded to the dtype of q, as every projection is.
     heads = (y.transpose(0, 2, 1, 3) for y in (q * jnp.asarray(scale, q.dtype), k, v))
-    body = functools.partial(_splash, window=window, interpret=_platform() == "cpu")
+    body = functools.partial(_splash, window=window, interpret=platform() == "cpu")
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         # The compiler cannot divide a kernel of its own, so each device is handed its part. No row
@@ -144,14 +144,9 @@ def _splash(q, k, v, *, window: int | None, interpret: bool) -> jax.Array:
     return out[:, :, :slots]
 
 
-def _platform() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def _limit(
     name: str,
-    platform: str,
+    here: str,
     config: DecoderConfig,
     rows: int,
     slots: int,
@@ -166,17 +161,17 @@ def _limit(
     except ValueError as error:
         return f"{error}, and it has one for all"
     if name == "cudnn":
-        return _cudnn_limit(platform, config, dtype)
+        return _cudnn_limit(here, config, dtype)
     # On a CPU it is interpreted, which is how it is tested.
-    if platform not in ("tpu", "cpu"):
-        return f"it is for TPUs, and this is a {platform}"
+    if here not in ("tpu", "cpu"):
+        return f"it is for TPUs, and this is a {here}"
     settings: Any = jax.config  # whose attributes are made at run time
     precision = settings.jax_default_matmul_precision
     if dtype.itemsize == 2 and precision not in (None, "default", "bfloat16"):
         return f"its products of {dtype} have no precision {precision!r}"
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        alone = platform == "cpu" or jax.device_count() == 1
+        alone = here == "cpu" or jax.device_count() == 1
         return "" if alone else "it needs a mesh where there are several devices"
     batch, heads = (ways_of(mesh, entry) for entry in partition_spec(("batch", "kv_heads")))
     if rows % batch:
@@ -186,9 +181,9 @@ def _limit(
     return ""
 
 
-def _cudnn_limit(platform: str, config: DecoderConfig, dtype: jnp.dtype) -> str:
-    if platform != "gpu":
-        return f"it is for GPUs, and this is a {platform}"
+def _cudnn_limit(here: str, config: DecoderConfig, dtype: jnp.dtype) -> str:
+    if here != "gpu":
+        return f"it is for GPUs, and this is a {here}"
     if dtype not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
         return f"it computes in bfloat16 or float16, not {dtype}"
     capability = _capability()

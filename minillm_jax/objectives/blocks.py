@@ -13,8 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from minillm_jax.axes import constrain, parts
+from minillm_jax.axes import constrain, parts, platform
 from minillm_jax.types import Array
+
+# Tokens of a block where none are asked for. The head's gradient, [V, D] in float32, is read and
+# written in every block: on an H200 256 took half as long again as 1,024, which are a sixth of the
+# memory of whole logits still (benchmarks/README.md). On a CPU more tokens gain nothing.
+TOKENS = {"gpu": 1024}
+_TOKENS = 256
 
 HeadGrad = tuple[jax.Array, jax.Array | None]  # d weight^T [W, D, V], d bias [W, V]
 
@@ -23,11 +29,12 @@ class Blocks:
     """[B, N, ...] cut along N into [n, R, ...] with R tokens of all rows, and back.
 
     `ways` W is into how many parts the mesh in use splits the rows; `block` counts the tokens of
-    one of them.
+    one of them, None for what is best on these devices.
     """
 
-    def __init__(self, labels: Array, block: int):
+    def __init__(self, labels: Array, block: int | None = None):
         chex.assert_rank(labels, 2)
+        block = block or TOKENS.get(platform(), _TOKENS)
         self.rows, self.positions = labels.shape
         self.ways = parts("batch", self.rows)
         own = self.rows // self.ways

@@ -46,7 +46,7 @@ def scores(
     mask: Array,  # [B, N]
     *,
     vocab_size: int | None = None,
-    block: int = 256,
+    block: int | None = None,
 ) -> Scores:
     """Per-token [B, N] values of z = h W^T + b: "log_q" and "log_p" of the labels, "reverse_kl"
     KL[q || p], "forward_kl" KL[p || q], "entropy" of q and "teacher_entropy" of p. With None for
@@ -57,7 +57,8 @@ def scores(
 
     Args:
         vocab_size: ids of the true vocabulary, where heads have more rows; default: the smaller.
-        block: tokens, over the rows of a device, whose logits exist at a time.
+        block: tokens, over the rows of a device, whose logits exist at a time; None: what is best
+            on these devices.
     """
     cut = Blocks(labels, block)
     size = _size(weight_q, weight_p, vocab_size)
@@ -82,7 +83,7 @@ def loss_sum(
     *,
     divergence: Divergence | None = None,
     vocab_size: int | None = None,
-    block: int = 256,
+    block: int | None = None,
     short: bool = False,
 ) -> tuple[jax.Array, Scores]:
     """Sum over the real tokens of `loss(scores, extras, mask)`, and the scores without gradient.

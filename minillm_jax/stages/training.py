@@ -310,7 +310,7 @@ def distill(
         section="distill",
         frozen=build.teacher.params if outline.needs_teacher else None,
         batches=with_targets(run, batches) if outline.caches else batches,
-        corpus=build.data.corpus() if collects else None,
+        corpus=build.data.corpus(lambda: answered(run, "train")) if collects else None,
         validate=lambda model: validation(run, model, {headline, c.keep}),
         headline=headline,
         tokens=tokens,

@@ -10,6 +10,7 @@ from toy_tokenizer import write_toy_tokenizer
 
 from minillm_jax.data import corpus
 from minillm_jax.data.corpus import batches, documents, pack
+from minillm_jax.data.examples import Example
 from minillm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from minillm_jax.types import InputError
 
@@ -160,3 +161,12 @@ def test_what_is_no_corpus_is_refused(toy: Tokenizer, tmp_path: Path):
     for changes in wrong:
         with pytest.raises(InputError, match="corpus: batch size"):
             batches([good], toy, **{**SIZES, **changes})
+
+
+def test_answers_are_a_corpus_too():
+    rows = [Example((5, 6), (7, 8, 2), 0), Example((9,), (10,), 1), Example((3,) * 4, (4,) * 4, 2)]
+    found = corpus.of_examples(rows, batch_size=2, length=6, seed=0)
+    assert found.epoch_length == 2
+    seen = np.concatenate([found[0], found[1], found[2]])  # two epochs
+    want = [[5, 6, 7, 8, 2, -1], [9, 10, -1, -1, -1, -1], [3, 3, 3, 3, 4, 4]]
+    assert sorted(map(list, seen)) == sorted(want * 2)

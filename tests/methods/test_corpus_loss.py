@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from minillm_jax.data.corpus import PADDING
 from minillm_jax.methods import minillm
 from minillm_jax.methods.corpus import CorpusLoss
 from minillm_jax.models import head, hidden_states, logits
@@ -31,8 +32,8 @@ def method(name, corpus=None, micro_batches=1) -> Any:
     return minillm.method(*models, **options, corpus=corpus)
 
 
-def update(name, corpus, micro_batches=1, frozen=P):
-    batch = (rollout(), BLOCKS) if corpus else rollout()
+def update(name, corpus, micro_batches=1, frozen=P, blocks=BLOCKS):
+    batch = (rollout(), blocks) if corpus else rollout()
     state, metrics = method(name, corpus, micro_batches).update(start(Q), frozen, batch)
     return state.opt_state[0].trace, metrics  # the gradient before the clip
 
@@ -77,6 +78,26 @@ def test_micro_batches_change_nothing():
     for key, value in metrics.items():
         np.testing.assert_allclose(others[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
     chex.assert_trees_all_close(got, want, atol=1e-6 * float(metrics["grad_norm"]))
+
+
+def test_padding_of_blocks_is_no_target():
+    """Rows of unlike lengths: the mean over their targets, whatever micro-batch they fall into."""
+    lengths = 2 + jnp.arange(len(BLOCKS))
+    real = jnp.arange(BLOCKS.shape[1])[None] < lengths[:, None]
+    padded = jnp.where(real, BLOCKS, PADDING)
+    loss = CorpusLoss()
+
+    def mean(params):
+        hidden = hidden_states(STUDENT, params, BLOCKS, real)
+        scores = logits(head(STUDENT, params), hidden)[:, :-1, :VOCAB]
+        return jnp.mean(token.corpus(scores, scores, BLOCKS[:, 1:], 0.0), where=real[:, 1:])
+
+    want, grads = jax.value_and_grad(mean)(Q)
+    for micro_batches in (1, 4):
+        found, metrics = update("corrected", loss, micro_batches, blocks=padded)
+        np.testing.assert_allclose(metrics["corpus_loss"], want, rtol=1e-5)
+        expected = jax.tree.map(jnp.add, alone("corrected")[0], grads)
+        chex.assert_trees_all_close(found, expected, atol=1e-5 * float(optax.tree.norm(expected)))
 
 
 def test_no_weight_is_off():

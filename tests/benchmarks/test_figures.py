@@ -67,3 +67,22 @@ def test_step(figures):
     first, second = found["updates"]
     assert second["flops"] - first["flops"] == 2 * 2 * 8 * 16 * 40  # the teacher's head
     assert first["tokens_per_s"] == pytest.approx(2 * 12 / first["seconds"])
+
+
+def test_models_of_the_hub_are_made_up_in_their_sizes(monkeypatch):
+    """Sizes as published; the teacher in the dtype asked for, the student in float32."""
+    names = "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-1.5B"
+    parser = argparse.ArgumentParser()
+    pair.add_options(parser)
+    asked = parser.parse_args([f"--random={','.join(names)}", "--dtype=bfloat16"])
+    made = []
+
+    def small(config, key, dtype):
+        made.append((config.layers, config.width, str(dtype)))
+        return {}
+
+    monkeypatch.setattr(pair, "init_params", small)
+    monkeypatch.setattr(pair, "_homes", lambda config: (None, None))
+    found = pair.load(asked)
+    assert made == [(28, 3584, "bfloat16"), (28, 1536, "float32")]
+    assert found.vocab == 151936 and found.teacher.vocab_size == 152064

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from minillm_jax.axes import MESH_AXES
 from minillm_jax.objectives import vocab
 from minillm_jax.objectives.blocks import Blocks
 from minillm_jax.sharding import batch_sharding, make_mesh, place
@@ -27,6 +28,17 @@ def drawn():
 
     labels, mask = rng.integers(0, V, (ROWS, N)), rng.random((ROWS, N)) < 0.8
     return model(), model(), labels, mask
+
+
+@pytest.mark.parametrize(("platform", "blocks"), [("cpu", 8), ("gpu", 2), ("tpu", 8)])
+def test_a_gpu_reads_larger_blocks(platform, blocks):
+    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    mesh = AbstractMesh((2, 1, 1), MESH_AXES, types, abstract_device=device)
+    labels = np.zeros((16, 256), np.int32)  # 2,048 tokens of each of two devices
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert Blocks(labels).blocks == blocks
+        assert Blocks(labels, 512).blocks == 4
 
 
 def _on(mesh, drawn):

@@ -129,7 +129,7 @@ for method, setting, says in (
     ("gkd", "distill.on_policy=1.5", "config.distill.on_policy=1.5: the student's share is b"),
     ("gkd", "distill.answers=data", "train.jsonl:1: no output; give config.data.train a JSON"),
     ("kd", "distill.cache_teacher=True", "cache_teacher='True': use states (exact), or as top50"),
-    ("minillm", "corpus.files=('answers','a.txt')", "'answers' stands alone; leave it or the files out"),
+    ("minillm", "corpus.files=('answers','a.txt')", "'answers' stands alone; leave it or"),
     ("gkd", "distill.cache_teacher=states", "gkd does not meet the teacher on given answers al"),
     ("distillm", "distill.replay=4", "config.distill.replay=4: keep at least the answers of"),
     ("jsd", "distill.divergence=kl", "config.distill.divergence='kl': choose from forward_kl"),

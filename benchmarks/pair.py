@@ -72,6 +72,8 @@ def load(asked: argparse.Namespace) -> Pair:
     """Read the teacher, in the dtype of the arithmetic, and the student, in float32."""
     if asked.random:
         names = asked.random.split(",")
+        if len(names) != 2 or asked.layers:
+            raise SystemExit("error: --random takes TEACHER,STUDENT, and no --layers beside it")
         teacher, student = made_up(names[0], asked.dtype), made_up(names[1])
         return Pair(*teacher, *student, vocab=min(teacher[0].vocab_size, student[0].vocab_size))
     stored, short = opened(asked)

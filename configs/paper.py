@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.common import METHODS, base
+from minillm_jax import recipe
 from minillm_jax.methods import registry
 
 DOLLY = "hub:databricks/databricks-dolly-15k"
@@ -195,6 +196,6 @@ def tiny(config: Any, teacher: str, student: str) -> None:
     if registry.find(config.method).kind == "minillm":
         config.distill.steps, config.distill.rollouts, config.distill.inner_epochs = 4, 16, 1
         config.distill.collect_batch = 8
-    if config.corpus.files and config.corpus.files != ("answers",):
+    if config.corpus.files and not recipe.learns_from_answers(config.corpus.files):
         file = text / "wikitext2_valid.txt.gz"
         config.corpus.files = (str(file) if file.is_file() else "scratch:text",)

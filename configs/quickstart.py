@@ -56,7 +56,8 @@ def get_config(arg: str = ""):
     config.distill.learning_rate = 1e-4
     config.distill.warmup = 2
     config.distill.schedule = "cosine"
-    # Samples at temperature 1 seldom loop, so they do not teach a greedy student not to.
+    # L_PT on the teacher's answers, at a third of the paper's weight: samples at temperature 1
+    # seldom loop, so they alone do not teach a greedy student not to.
     config.corpus.files, config.corpus.coefficient = ("answers",), 0.3
     # At the end alone: by 24 answers students are not told apart that differ by 0.1 nats.
     config.distill.evaluate_every, config.distill.save_every = 40, 20

@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
     config = quickstart.get_config(arg)
     config.name = "smollm2_dolly" + (f"-{arg}" if arg else "")
     config.answers.source = "data"
+    config.corpus.files, config.corpus.coefficient = (), 1.0
     if arg:
         return config
     config.data.train, config.data.validation, config.data.test = dolly()
@@ -28,7 +29,6 @@ def get_config(arg: str = ""):
     config.sft.steps, config.distill.steps = 12, 24
     config.distill.batch_size = config.sft.batch_size
     config.distill.start_temperature = 1.0  # a method shows what it does from the same student
-    config.corpus.files = ()
     for stage in (config.sft, config.distill):  # all methods are chosen by the same figure
         stage.evaluate_every = stage.save_every = 12
         stage.keep = "reverse_kl"

@@ -12,9 +12,9 @@
 The budget counts tokens, prompt and answer, that the student is trained on from its first update
 on, so what SFT read before a method that starts from it counts, too. An update is a whole batch: a
 method ends after the first one that reaches the budget. The length of its schedule follows from
-the mean length of the rows that are given to it. A student that writes its own answers does not
-keep to that: shorter ones leave it a little below the budget, which the column `tokens` shows, and
-longer ones end its schedule a little early.
+the mean length of the rows that are given to it, and of the text of a corpus loss. A student that
+writes its own answers does not keep to that: shorter ones leave it a little below the budget, which
+the column `tokens` shows, and longer ones end its schedule a little early.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -235,6 +235,15 @@ def _row_tokens(run: Run, source: str = "") -> float:
     return sum(len(row.prompt) + len(row.response) for row in rows) / len(rows)
 
 
+def _corpus_row_tokens(run: Run) -> float:
+    """Mean tokens of the text that is read beside a row; 0 without a corpus loss."""
+    corpus = run.build.config.corpus
+    if not (run.build.outline.policy_gradient and corpus.files and corpus.coefficient):
+        return 0
+    answers = recipe.learns_from_answers(corpus.files)
+    return _row_tokens(run) if answers else run.build.data.max_tokens
+
+
 def _own_budget(run: Run) -> int:
     """Tokens of the config's own SFT and distillation, at the mean length of the given rows."""
     parts = [run.build.config[section] for section in ("sft", "distill")]
@@ -250,7 +259,7 @@ def _within(run: Run, budget: int, shared: Sequence[str]) -> Stage:
     done = pipeline.read_done(run.workdir, "student_sft") if "student_sft" in shared else None
     before = done["tokens"] if done else 0
     c = build.config[section]
-    each = _row_tokens(run, build.outline.given)
+    each = _row_tokens(run, build.outline.given) + _corpus_row_tokens(run)
     steps = round((budget - before) / (c.batch_size * each))
     if steps < 1:
         raise InputError(

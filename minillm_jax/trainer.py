@@ -33,7 +33,7 @@ class Batches(Protocol):
 
 
 class Blocks(Protocol):
-    """Random access to blocks of plain text [B, T], for methods with a corpus loss."""
+    """Random access to blocks of text [B, T], for methods with a corpus loss."""
 
     def __getitem__(self, index: int) -> np.ndarray: ...
 
@@ -162,7 +162,7 @@ def fit(
                 read = int(batch.prompt_mask.sum() + batch.response_mask.sum())
             if corpus is not None:
                 text = corpus[step]
-                read += text.size
+                read += int(np.sum(text >= 0))
                 batch = batch, put(text)
             state, metrics = method.update(state, frozen, batch)
             step += 1

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from matplotlib.figure import Figure
@@ -297,3 +299,25 @@ def test_the_page_has_the_means_of_the_seeds():
     ]
     page = comparison_page.page([{"name": "x", "seed": 0}], seeds[:1], {}, {})
     assert "Student, KD" in page and "standard error" in page and "<h2>Methods" not in page
+
+
+@pytest.mark.parametrize(
+    ("files", "coefficient", "policy_gradient", "tokens"),
+    [
+        (("answers",), 0.3, True, 97),  # a row with its answer beside each
+        (("a.txt",), 1.0, True, 140),  # a block
+        ((), 1.0, True, 0),
+        (("answers",), 0.0, True, 0),
+        (("answers",), 0.3, False, 0),  # no other method reads a corpus
+    ],
+)
+def test_a_schedule_has_room_for_the_corpus(
+    files, coefficient, policy_gradient, tokens, monkeypatch
+):
+    monkeypatch.setattr(comparison, "_row_tokens", lambda run, source="": 97)
+    build: Any = SimpleNamespace(
+        outline=SimpleNamespace(policy_gradient=policy_gradient),
+        config=SimpleNamespace(corpus=SimpleNamespace(files=files, coefficient=coefficient)),
+        data=SimpleNamespace(max_tokens=140),
+    )
+    assert comparison._corpus_row_tokens(cast(Any, SimpleNamespace(build=build))) == tokens

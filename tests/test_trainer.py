@@ -156,7 +156,9 @@ def test_rows_of_an_update_are_arranged_by_their_tokens(collects):
 
 class Corpus:
     def __getitem__(self, index):
-        return np.full((2, 3), index, np.int32)
+        blocks = np.full((2, 3), index, np.int32)
+        blocks[0, 2] = -1  # padding
+        return blocks
 
 
 @pytest.mark.parametrize("collects", [True, False])
@@ -164,8 +166,8 @@ def test_blocks_of_the_corpus_follow_from_the_step(collects):
     """After a restart, too."""
     straight, first, second = Recorder(), Recorder(), Recorder()
     straight.fit(SCHEDULE, collects=collects, corpus=Corpus())
-    assert straight.blocks == [np.full((2, 3), step).tolist() for step in range(9)]
-    assert all(values["tokens"] == (4 if collects else 8) + 6 for _, values in straight.logged)
+    assert straight.blocks == [[[step, step, -1], [step] * 3] for step in range(9)]
+    assert all(values["tokens"] == (4 if collects else 8) + 5 for _, values in straight.logged)
     first.fit(dataclasses.replace(SCHEDULE, steps=4), collects=collects, corpus=Corpus())
     second.fit(SCHEDULE, collects=collects, corpus=Corpus(), step=4)
     assert first.blocks + second.blocks == straight.blocks

@@ -31,12 +31,14 @@ _PIECES = 64
 
 @dataclass(frozen=True)
 class Batches:
-    """An endless, randomly accessible stream of token blocks; make it with `batches`.
+    """An endless, randomly accessible stream of token blocks; `batches` and `of_examples` make it.
 
     Epochs follow each other without a gap, each in its own order.
     """
 
-    blocks: np.ndarray  # [blocks, T], the smallest type that holds the vocabulary and PADDING
+    blocks: (
+        np.ndarray
+    )  # [blocks, T], the smallest type that holds the vocabulary; int32 with PADDING
     order: grain.MapDataset[int]
     batch_size: int
     process_index: int

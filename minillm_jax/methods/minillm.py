@@ -5,7 +5,7 @@
 2. `update` makes rewards, weights and advantages of its whole batch once (`objectives.policy`),
    then one forward pass of the student per micro-batch: the exact KL over the vocabulary comes
    from the stored teacher states and the teacher's head, so no teacher trunk runs here.
-3. With a corpus, `update` also reads blocks of plain text and adds their loss (`methods.corpus`).
+3. With a corpus, `update` also reads blocks of text and adds their loss (`methods.corpus`).
 """
 
 from collections.abc import Sequence

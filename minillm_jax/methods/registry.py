@@ -66,7 +66,7 @@ METHODS: dict[str, Entry] = {
     "minillm_no_single_step": _without("the single-step term", distill__single_step=False),
     "minillm_no_length_norm": _without("length normalisation", distill__length_norm=False),
     "minillm_no_mixing": _without("teacher-mixed sampling", distill__alpha=0.0),
-    "minillm_no_corpus": _without("the loss on plain text", corpus__files=()),
+    "minillm_no_corpus": _without("the corpus loss", corpus__files=()),
 }
 
 

@@ -17,10 +17,10 @@ from minillm_jax.axes import constrain, parts, platform
 from minillm_jax.types import Array
 
 # Tokens of a block where none are asked for. The head's gradient, [V, D] in float32, is read and
-# written in every block: on an H200 256 took half as long again as 1,024, which are a sixth of the
-# memory of whole logits still (benchmarks/README.md). On a CPU more tokens gain nothing.
-TOKENS = {"gpu": 1024}
-_TOKENS = 256
+# written in every block: on an H200 256 took 1.6 to 1.9 times as long as 1,024, which still are a
+# sixth of the memory of whole logits (benchmarks/README.md). On a CPU more tokens gain nothing.
+_BLOCK_ON = {"gpu": 1024}
+_BLOCK = 256
 
 HeadGrad = tuple[jax.Array, jax.Array | None]  # d weight^T [W, D, V], d bias [W, V]
 
@@ -34,7 +34,7 @@ class Blocks:
 
     def __init__(self, labels: Array, block: int | None = None):
         chex.assert_rank(labels, 2)
-        block = block or TOKENS.get(platform(), _TOKENS)
+        block = block or _BLOCK_ON.get(platform(), _BLOCK)
         self.rows, self.positions = labels.shape
         self.ways = parts("batch", self.rows)
         own = self.rows // self.ways

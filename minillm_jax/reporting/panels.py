@@ -44,7 +44,7 @@ PANELS = (
         (
             Series("distill", "policy_loss", "policy", _MINILLM),
             Series("distill", "single_step_loss", "single step", "other1"),
-            Series("distill", "corpus_loss", "plain text", _SFT),
+            Series("distill", "corpus_loss", "corpus", _SFT),
         ),
     ),
     Panel(

@@ -47,7 +47,7 @@ def read_batch(file: Path) -> Any:
             arrays = {name: _as_written(found[name]) for name in found.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} cannot be read ({error}): replay another batch") from error
-    text = arrays.pop("1", None)  # (rows, blocks of plain text)
+    text = arrays.pop("1", None)  # (rows, blocks of text)
     rows: dict[str, Any] = {name.removeprefix("0."): array for name, array in arrays.items()}
     for kind in KINDS:
         if {field.name for field in dataclasses.fields(kind)} == rows.keys():

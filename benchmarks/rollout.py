@@ -20,6 +20,7 @@ In the first three no response ends before its last slot.
 import argparse
 import statistics
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,8 @@ def steps(pair: models.Pair, asked: argparse.Namespace) -> dict:
 
 def _sampler(config: DecoderConfig, params, given, slots: int, pair: models.Pair, dtype: str):
     """A call that samples `slots` tokens for every prompt, from one model."""
-    options = {"warp": Warp(), "eos_id": pair.vocab, "pad_id": 0, "vocab": pair.vocab}
-    options["dtype"] = dtype
+    options: dict[str, Any] = {"warp": Warp(), "eos_id": pair.vocab, "pad_id": 0}
+    options |= {"vocab": pair.vocab, "dtype": dtype}
     key = jax.random.key(2)
     return lambda: generate(
         config, params, given.prompt, given.prompt_mask, key, slots=slots, **options

@@ -231,12 +231,15 @@ class Data:
         c = self.config.corpus
         if not c.files or c.coefficient == 0:
             return None
-        size = {"batch_size": self.config.distill.batch_size, "length": self.max_tokens}
-        size["seed"] = self.seed
+        order = {
+            "batch_size": self.config.distill.batch_size,
+            "length": self.max_tokens,
+            "seed": self.seed,
+        }
         if recipe.learns_from_answers(c.files):
             if not answered:
                 return None
-            return self._once("corpus", lambda: corpus_lib.of_examples(answered(), **size))
+            return self._once("corpus", lambda: corpus_lib.of_examples(answered(), **order))
 
         def make():
             made = f"{scratch.PREFIX}text"
@@ -252,7 +255,7 @@ class Data:
                 return corpus_lib.batches(
                     files,
                     self.tokenizer,
-                    **size,
+                    **order,
                     most_blocks=most,
                     kept=self.workdir / f"corpus-{digest}.npy",
                 )

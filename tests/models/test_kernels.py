@@ -71,8 +71,8 @@ def test_splash_reads_what_xla_reads(config):
     compare(config, MASK, tokens_of(*MASK.shape), "splash")
 
 
-@interpreted
 # One backward kernel for two blocks, two for three; a window across blocks; slots that fill none.
+@interpreted
 @pytest.mark.parametrize(("slots", "window"), [(200, None), (300, 140)])
 def test_splash_reads_several_blocks(small_blocks, slots, window):
     config = dataclasses.replace(LLAMA, layers=1, windows=(window,), max_positions=slots)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from minillm_jax.axes import constrain
+from minillm_jax.axes import constrain, platform
 from minillm_jax.models.attention import causal_mask, positions_of, rotary_angles
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.kernels import choose, pack, take
@@ -200,8 +200,13 @@ def head(config: DecoderConfig, params: Params, dtype: DTypeLike | None = None) 
 def logits(head: Head, hidden: jax.Array) -> jax.Array:
     """Return hidden W^T + b in float32, [..., V], for `hidden` [..., E]."""
     weight = head.weight.astype(hidden.dtype)
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
     axes = (((hidden.ndim - 1,), (1,)), ((), ()))
-    scores = jax.lax.dot_general(hidden, weight, axes, preferred_element_type=jnp.float32)
+    if hidden.ndim == 2 and platform() == "cpu":
+        # As W x^T, for x W^T lays the whole W out anew. XLA would turn it back but for the barrier.
+        scores = jax.lax.optimization_barrier(product(weight, hidden, axes)).T
+    else:
+        scores = product(hidden, weight, axes)
     if head.bias is None:
         return scores
     return scores + head.bias.astype(jnp.float32).reshape((1,) * (scores.ndim - 1) + (-1,))

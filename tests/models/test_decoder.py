@@ -218,7 +218,9 @@ def test_head_is_the_embedding_when_tied_and_adds_its_bias():
     params = params_of(CONFIGS["gptj"])
     hidden = jax.random.normal(jax.random.key(3), (2, 5, 16))
     expected = hidden @ params["head"]["weight"].T + params["head"]["bias"][None, None]
-    np.testing.assert_allclose(logits(head(CONFIGS["gptj"], params), hidden), expected, atol=1e-6)
+    top = head(CONFIGS["gptj"], params)
+    np.testing.assert_allclose(logits(top, hidden), expected, atol=1e-6)
+    np.testing.assert_allclose(logits(top, hidden[:, 0]), expected[:, 0], atol=1e-6)
     params = params_of(CONFIGS["opt_350m"])
     tied = head(CONFIGS["opt_350m"], params)
     assert tied.weight is params["embed"]["tokens"] and tied.bias is None
@@ -234,6 +236,9 @@ def test_attend_by_hand():
     y = attend(q, k, v, mask, 2.0)  # weights exp(2 log 3) = 9 to 1, and one half each
     np.testing.assert_allclose(y[0, 0, :, 0], [[3.6, 5.7], [2.0, 4.5]], rtol=1e-6)
     np.testing.assert_allclose(y[0, 0, :, 1], [[13 / 3, 6.0]] * 2, rtol=1e-6)
+    for t in (0, 1):  # one query alone goes another way on a CPU
+        alone = attend(q[:, :, :, t : t + 1], k, v, mask[:, t : t + 1], 2.0)
+        np.testing.assert_allclose(alone, y[:, :, :, t : t + 1], rtol=1e-6)
     slope = jax.grad(lambda q: attend(q, k, v, mask, 2.0).sum())(q)
     assert np.isfinite(slope).all() and (slope[:, :, :, 1] == 0.0).all()
 

@@ -17,7 +17,7 @@ KEYS = ("reverse_kl", "forward_kl", "log_q", "log_p", "entropy")
 TOKEN_KEYS = ("log_ratio", "forward_kl_at")
 
 
-@partial(jax.jit, static_argnames=("student", "teacher", "size", "dtype", "k"))
+@partial(jax.jit, static_argnames=("student", "teacher", "size", "dtype", "k", "most"))
 def sums(
     student: DecoderConfig,
     teacher: DecoderConfig,
@@ -27,6 +27,7 @@ def sums(
     size: int,
     dtype: str = "float32",
     k: int = 0,
+    most: int | None = None,
 ) -> dict[str, jax.Array]:
     """Sums over the tokens of each response, [B] each, and their number as `tokens`.
 
@@ -38,8 +39,8 @@ def sums(
     """
     q_head, p_head = head(student, params), head(teacher, teacher_params)
     own = teacher_params["embed"]["tokens"].dtype
-    q_states = response_states(student, params, batch, dtype=dtype)
-    p_states = response_states(teacher, teacher_params, batch, dtype=own)
+    q_states = response_states(student, params, batch, dtype=dtype, most=most)
+    p_states = response_states(teacher, teacher_params, batch, dtype=own, most=most)
     score = vocab.scores(
         q_states,
         q_head.weight,
@@ -60,7 +61,7 @@ def sums(
     return rows | tokens | {"tokens": mask.sum(axis=1)}
 
 
-@partial(jax.jit, static_argnames=("config", "size", "dtype", "max_tokens"))
+@partial(jax.jit, static_argnames=("config", "size", "dtype", "max_tokens", "most"))
 def answer_nll(
     config: DecoderConfig,
     params: Params,
@@ -68,10 +69,15 @@ def answer_nll(
     size: int,
     dtype: str = "float32",
     max_tokens: int | None = None,
+    most: int | None = None,
 ) -> jax.Array:
-    """-log q summed over each given response, [B], over the first `size` ids."""
+    """-log q summed over each given response, [B], over the first `size` ids.
+
+    `max_tokens` and `most` are those of `response_states`.
+    """
     mask = batch.response_mask
-    hidden = response_states(config, params, batch, max_tokens=max_tokens, dtype=dtype)
+    reads = {"max_tokens": max_tokens, "most": most}
+    hidden = response_states(config, params, batch, dtype=dtype, **reads)
     top = head(config, params)
     alone = (hidden, top.weight, top.bias, None, None, None, batch.response)
     log_q = vocab.scores(*alone, mask=mask, vocab_size=size)["log_q"]

@@ -127,7 +127,9 @@ def extend(
         with jax.named_scope(f"layer_{i}"):
             window = None if config.windows is None else config.windows[i]
             slots = Slots(cache.keys[i], cache.values[i], cache.index)
-            x, slots = block.apply({"params": layer}, x, angles, (sight[window], None), None, slots)
+            x, slots = block.apply(
+                {"params": layer}, x, angles, (sight[window], None, None), None, slots
+            )
             keys.append(slots.keys)
             values.append(slots.values)
     hidden: Any = outer.apply({"params": params.outer}, x, method="finish")

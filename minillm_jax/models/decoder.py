@@ -17,6 +17,7 @@ from minillm_jax.models.attention import causal_mask, positions_of, rotary_angle
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.kernels import choose, pack, take
 from minillm_jax.models.layers import Block, Embed, HeadParams, Linear, Norm
+from minillm_jax.models.ragged import find, gather, spread
 from minillm_jax.types import Params
 
 _UNBOUNDED = 2**30  # the window of a layer without one
@@ -59,8 +60,13 @@ class Decoder(nn.Module):
             self.project_out = Linear(c.embed_width, axes, param_dtype=self.param_dtype)
         self.head = HeadParams(c, self.param_dtype)
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Map `tokens` [B, T] to hidden states [B, T, E]."""
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array, dtype: DTypeLike, most: int | None = None
+    ) -> jax.Array:
+        """Map `tokens` [B, T] to hidden states [B, T, E].
+
+        With `most`, at least the real slots of all rows, what is no attention leaves padding out.
+        """
         c = self.config
         positions = positions_of(mask)
         sees, distance, windows = None, None, None
@@ -69,14 +75,18 @@ class Decoder(nn.Module):
         if self.kernel == "xla" and c.windows is not None:
             distance = positions[:, :, None] - positions[:, None, :]
             windows = jnp.array([window or _UNBOUNDED for window in c.windows], jnp.int32)
+        real = None if most is None else find(mask, most)
+        if real is not None:
+            tokens, positions = gather(tokens, real), gather(positions, real)
         with jax.named_scope("embed"):
             x, angles = self.start(tokens, positions, dtype)
             x = self.drop(x)
         with jax.named_scope("layers"):
-            x, _ = self.layers(x, angles, (sees, distance), windows)
+            x, _ = self.layers(x, angles, (sees, distance, real), windows)
         if self.is_initializing():
             self.head()
-        return self.finish(x)
+        x = self.finish(x)
+        return x if real is None else spread(x, real)
 
     def start(self, tokens: jax.Array, positions: jax.Array, dtype: DTypeLike):
         """Return the input of the layers [B, T, D] and the rotary angles, None if learned."""
@@ -139,13 +149,16 @@ def hidden_states(
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     dropout_key: jax.Array | None = None,
+    most: int | None = None,
 ) -> jax.Array:
     """Return the hidden states that `head` reads, [B, T, E] in `dtype`.
 
     Padding may stand on either side of a row: positions count the real tokens and no query sees a
     padded key. The states at padded slots are finite and mean nothing. Dropout only with a key.
     `remat` is what the backward pass computes again in each layer: "none", "dots" (all but the
-    products with kernels; attention above all), "full" (all from the layer's input).
+    products with kernels; attention above all), "full" (all from the layer's input). With `most`,
+    at least the real slots of all rows together, projections read no padding (`ragged`); rows must
+    not be split over devices then.
 
     Raises ValueError where learned positions are fewer than the slots, InputError where
     `config.attention` names a kernel that cannot take this.
@@ -158,7 +171,8 @@ def hidden_states(
     kernel = choose(config, rows, slots, dtype, dropout=dropping)
     model = Decoder(config, train=dropping, remat=remat, kernel=kernel)
     if kernel == "xla":
-        hidden: Any = model.apply({"params": params}, tokens, mask, dtype, rngs=rngs)
+        most = None if most is None or most >= tokens.size else most
+        hidden: Any = model.apply({"params": params}, tokens, mask, dtype, most, rngs=rngs)
         return hidden
     order, place = pack(mask)
     tokens, mask = take(tokens, order), take(mask, order)

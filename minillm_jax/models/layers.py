@@ -18,6 +18,7 @@ from minillm_jax.axes import constrain
 from minillm_jax.models.attention import attend, rotate
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.kernels import attend_packed, window_of
+from minillm_jax.models.ragged import Real, gather, spread
 
 _INIT_STDDEV = 0.02  # GPT-2
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -111,10 +112,11 @@ class Attention(nn.Module):
     kernel: str = "xla"
 
     @nn.compact
-    def __call__(self, x, angles, mask, slots: Slots | None = None):
+    def __call__(self, x, angles, mask, slots: Slots | None = None, real: Real | None = None):
         """Return the output [B, T, D] and the updated slots.
 
-        Another `kernel` than "xla" reads packed rows and no `mask`.
+        Another `kernel` than "xla" reads packed rows and no `mask`. With `real`, `x` and the output
+        are [1, R, D], the real slots alone.
         """
         c = self.config
         linear = functools.partial(Linear, param_dtype=self.param_dtype)
@@ -132,6 +134,8 @@ class Attention(nn.Module):
         if self.kernel != "xla":
             y = attend_packed(self.kernel, q, k, v, scale, window_of(c, x.shape[1]))
         else:
+            if real is not None:
+                q, k, v = (spread(y, real) for y in (q, k, v))
             q = q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
             k, v = (y.transpose(0, 2, 1, 3) for y in (k, v))
             if slots is not None:
@@ -139,6 +143,7 @@ class Attention(nn.Module):
                 k, v = slots.keys.astype(q.dtype), slots.values.astype(q.dtype)
             drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
             y = attend(q, k, v, mask, scale, drop).transpose(0, 3, 1, 2, 4)
+            y = y if real is None else gather(y, real)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
         stddev = _INIT_STDDEV / (2 * c.layers) ** 0.5
         out = linear(c.width, ("heads", "embed"), use_bias=c.out_bias, stddev=stddev, name="o")
@@ -178,21 +183,22 @@ class Block(nn.Module):
     def __call__(self, x, angles, sight, window=None, slots: Slots | None = None):
         """Return the layer's output [B, T, D] and the updated slots.
 
-        `sight` is the mask [B, T, S] and, where layers have windows, the distance [B, T, S] from
-        each key to the query; `window` bounds that distance here, None where the mask already does.
+        `sight` is the mask [B, T, S]; where layers have windows, the distance [B, T, S] from each
+        key to the query, which `window` bounds here, None where the mask already does; and where
+        only the real slots are read, which these are: `x` is [1, R, D] then.
         """
         c = self.config
         norm = functools.partial(Norm, c.norm, c.norm_eps, self.param_dtype)
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
         attn = Attention(c, self.param_dtype, self.train, self.kernel, name="attn")
         mlp = Mlp(c, self.param_dtype, name="mlp")
-        mask, distance = sight
+        mask, distance, real = sight
         if window is not None:
             mask = mask & (distance < window)
 
         attn_norm = norm(name="attn_norm")
         with jax.named_scope("attention"):
-            y, slots = attn(attn_norm(x) if c.norm_first else x, angles, mask, slots)
+            y, slots = attn(attn_norm(x) if c.norm_first else x, angles, mask, slots, real)
         if c.parallel_residual:
             return constrain(x + drop(y) + drop(mlp(attn_norm(x))), *STATES), slots
         x = constrain(x + drop(y), *STATES)

@@ -36,7 +36,7 @@ def response_states(
 
     With `max_tokens`, the most that a prompt and its response have together, the pass is over
     [B, max_tokens] where that is less: each row is read from its first token on. What comes back is
-    the same. `options` are those of `hidden_states`: dtype, remat, dropout_key.
+    the same. `options` are those of `hidden_states`: dtype, remat, dropout_key, most.
     """
     tokens = jnp.concatenate([sequences.prompt, sequences.response], axis=1)
     mask = jnp.concatenate([sequences.prompt_mask, sequences.response_mask], axis=1)

@@ -112,5 +112,6 @@ def _common(build: Builder, model: DecoderConfig, name: str, memory: Any = ()) -
         "dtype": build.config.student.dtype,
         "remat": build.section(name)["remat"],
         "windows": build.windows,
+        "ragged": build.ragged,
         "shardings": state_shardings(build.abstract_state(model, name, memory)),
     }

@@ -240,6 +240,11 @@ class Builder:
         return recipe.micro_batches(section["batch_size"], section["micro_batch"], self.ways)
 
     @property
+    def ragged(self) -> bool:
+        """Whether each distinct token is read once: on one CPU. Elsewhere it is not measured."""
+        return self.mesh.size == 1 and self.mesh.devices.item().platform == "cpu"
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """Widths in which the rows of an update are read."""
         return recipe.windows(self.data.max_tokens)

@@ -164,7 +164,8 @@ def fit(
                 text = corpus[step]
                 read += int(np.sum(text >= 0))
                 batch = batch, put(text)
-            state, metrics = method.update(state, frozen, batch)
+            told = {"most": method.most(batch)} if method.most else {}
+            state, metrics = method.update(state, frozen, batch, **told)
             step += 1
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values = {"tokens": read} | values | extra  # a method that writes knows better

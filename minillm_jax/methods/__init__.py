@@ -5,6 +5,7 @@ prompts, key) -> rollout` is what MiniLLM adds: it writes the batch that the nex
 `registry` names the methods and says what each is; `assemble.py` makes them from a config.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Params, Sequences
 
-Update = Callable[[TrainState, Any, Any], tuple[TrainState, Mapping[str, jax.Array]]]
+Update = Callable[..., tuple[TrainState, Mapping[str, jax.Array]]]
 Collect = Callable[[Params, Any, Sequences, jax.Array], Any]
 Observe = Callable[[TrainState, Mapping[str, float]], TrainState]
 
@@ -24,7 +25,9 @@ def compiled(update: Callable, shardings: Any = None) -> Update:
 
     `shardings` is that of `train_state.state_shardings`; None leaves the layout to the compiler.
     """
-    return jax.jit(update, donate_argnames="state", out_shardings=(shardings, None))
+    told = [name for name in inspect.signature(update).parameters if name == "most"]
+    out = (shardings, None)
+    return jax.jit(update, static_argnames=told, donate_argnames="state", out_shardings=out)
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,12 @@ class Method:
     """How a student learns; update and collect are jitted and know no config and no file.
 
     `memory` is what `TrainState.memory` begins with, `observe(state, scores)` what the method makes
-    of a validation.
+    of a validation. `most(batch)`, on the host, is what the update of a batch is given as `most`:
+    a static size, of a program that reads each distinct token once.
     """
 
     update: Update
     collect: Collect | None = None
     memory: Any = ()
     observe: Observe | None = None
+    most: Callable[[Any], Any] | None = None

@@ -43,15 +43,18 @@ def sums(
     size: int,
     dtype: str,
     remat: str = "none",
+    most: int | None = None,
 ) -> reduce.Pair:
     """(sum, count) of L_PT over the targets of blocks; the teacher runs only if k > 0.
 
-    The teacher's arithmetic is in the type of its parameters, as in a collection.
+    The teacher's arithmetic is in the type of its parameters, as in a collection. `most` is that
+    of `hidden_states`.
     """
 
     def read(config, params, dtype, remat="none"):
+        options = {"dtype": dtype, "remat": remat, "most": most}
         # The last state predicts what is beyond the block.
-        return hidden_states(config, params, tokens, real, dtype=dtype, remat=remat)[:, :-1]
+        return hidden_states(config, params, tokens, real, **options)[:, :-1]
 
     real = tokens >= 0
     tokens = jnp.where(real, tokens, 0)

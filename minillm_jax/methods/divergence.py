@@ -16,6 +16,7 @@ variation, AKL and, with a `taid.Schedule`, TAID: which is which says `registry`
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from minillm_jax.models import DecoderConfig, head
 from minillm_jax.objectives import divergences, reduce, top_k, vocab
 from minillm_jax.objectives.taid import Schedule
 from minillm_jax.objectives.top_k import Cut
-from minillm_jax.rollout import response_states, teacher_states
+from minillm_jax.rollout import most_tokens, response_states, teacher_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Params, Sequences
 
@@ -56,6 +57,7 @@ def method(
     teacher_dtype: str = "float32",
     dropout_seed: int | None = None,
     windows: Sequence[int] = (),
+    ragged: bool = False,
 ) -> Method:
     """The method with `frozen` the teacher's parameters.
 
@@ -70,6 +72,8 @@ def method(
         dropout_seed: train with the student's dropout, its keys from this seed; None: without.
             The teacher has none.
         windows: for the tokens of a prompt and its response together: `accumulate.gradients`.
+        ragged: with no more than one window and given answers alone, read each distinct token once:
+            `models.ragged`.
 
     Raises:
         InputError: no such divergence, a parameter or share that is none.
@@ -97,12 +101,13 @@ def method(
         return kd_ratio * apart(scores) - (1 - kd_ratio) * scores["log_q"]
 
     def loss_sums(
-        params: Params, frozen: Params, batch: Any, window: int | None
+        params: Params, frozen: Params, batch: Any, window: int | None, most: int | None
     ) -> dict[str, reduce.Pair]:
         rows, keys, t = batch
         labels, mask = rows.response, rows.response_mask
         key = None if keys is None else keys[0]
-        options = {"dtype": dtype, "remat": remat, "dropout_key": key, "max_tokens": window}
+        reads: dict[str, Any] = {"max_tokens": window, "most": most}
+        options = {"dtype": dtype, "remat": remat, "dropout_key": key} | reads
         hidden = response_states(student, params, rows, **options)
         q, p, states = head(student, params, hidden.dtype), None, None
         extras: Any = t
@@ -110,7 +115,7 @@ def method(
         if isinstance(rows, Cut):
             extras, how = (t, rows.ids, rows.log_p), between_cut
         else:
-            own = {"dtype": teacher_dtype, "max_tokens": window}
+            own = {"dtype": teacher_dtype} | reads
             states = teacher_states(teacher, frozen, rows, **own)
             p = head(teacher, frozen, states.dtype)
         with jax.named_scope("vocabulary"):
@@ -134,7 +139,7 @@ def method(
         pairs["nll"] = reduce.total(-scores["log_q"], mask)
         return pairs | {"loss": reduce.Pair(summed, pairs["nll"].count)}
 
-    def update(state: TrainState, frozen: Params, given: Sequences):
+    def update(state: TrainState, frozen: Params, given: Sequences, most: int | None = None):
         rows, buffer = given, None
         more: dict[str, Any] = {}
         if on_policy.writes:
@@ -148,7 +153,7 @@ def method(
         per_token = jnp.broadcast_to(t, rows.response.shape)
         keys = dropout_keys(dropout_seed, state.step, micro_batches)
         grads, metrics = gradients(
-            lambda params, micro, window: loss_sums(params, frozen, micro, window),
+            lambda params, micro, window: loss_sums(params, frozen, micro, window, most),
             state.params,
             (rows, keys, per_token),
             micro_batches,
@@ -166,7 +171,10 @@ def method(
         return replace(state, memory=memory), metrics | more | taken
 
     observe = on_policy.replay.observe if on_policy.replay else None
-    return Method(compiled(update, shardings), memory=memory, observe=observe)
+    # What the student writes in the update is not known before.
+    known = ragged and not short and not on_policy.writes
+    told = partial(most_tokens, micro_batches=micro_batches) if known else None
+    return Method(compiled(update, shardings), memory=memory, observe=observe, most=told)
 
 
 def remembered(

@@ -20,10 +20,11 @@ from minillm_jax.methods import corpus as corpus_lib
 from minillm_jax.methods.accumulate import gradients, lengths
 from minillm_jax.methods.corpus import CorpusLoss
 from minillm_jax.models import DecoderConfig, head
+from minillm_jax.models.ragged import room
 from minillm_jax.objectives import policy as policy_lib
 from minillm_jax.objectives import reduce, vocab
 from minillm_jax.objectives.policy import Policy
-from minillm_jax.rollout import Mixing, collect, response_states
+from minillm_jax.rollout import Mixing, collect, most_tokens, response_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Params, Sequences
 
@@ -43,6 +44,7 @@ def method(
     corpus: CorpusLoss | None = None,
     collect_batch: int = 0,
     windows: Sequence[int] = (),
+    ragged: bool = False,
 ) -> Method:
     """MiniLLM with `frozen` the teacher's parameters.
 
@@ -51,17 +53,21 @@ def method(
 
     With `corpus`, the batch of an update is (rollout, tokens [B', T]), B' a multiple of
     `micro_batches`; it needs not be that of the rollout. With several `windows` a micro-batch is
-    read no further than its longest row: `accumulate.gradients`.
+    read no further than its longest row: `accumulate.gradients`. With `ragged` each distinct token
+    of prompts, and with no more than one window of what an update reads, is read once:
+    `models.ragged`.
     """
     short = len(windows) > 1
 
     def loss(score: vocab.Scores, targets: Any, mask: jax.Array) -> jax.Array:
         return policy_lib.losses(policy, score["log_q"], score["reverse_kl"], targets, mask)["loss"]
 
-    def loss_sums(params: Params, frozen: Params, batch: Any, share: Any, window: int | None):
+    def loss_sums(
+        params: Params, frozen: Params, batch: Any, share: Any, most: Any, window: int | None
+    ):
         rollout, targets, text = batch
         mask = rollout.response_mask
-        own = {"dtype": dtype, "remat": remat, "max_tokens": window}
+        own = {"dtype": dtype, "remat": remat, "max_tokens": window, "most": most[0]}
         hidden = response_states(student, params, rollout, **own)
         q_head = head(student, params, hidden.dtype)
         p_head = head(teacher, frozen, rollout.teacher_hidden.dtype)
@@ -99,20 +105,20 @@ def method(
             with jax.named_scope("corpus"):
                 models = student, teacher, params, frozen
                 size = mixing.vocab
-                options = {"size": size, "dtype": dtype, "remat": remat}
+                options = {"size": size, "dtype": dtype, "remat": remat, "most": most[1]}
                 found = corpus_lib.sums(corpus, *models, text, **options)
             summed += corpus.coefficient * share * found.sum
             pairs |= {"loss": reduce.Pair(summed, counted.count), "corpus_loss": found}
         return pairs
 
-    def update(state: TrainState, frozen: Params, batch: Any):
+    def update(state: TrainState, frozen: Params, batch: Any, most: Any = (None, None)):
         rollout, text = batch if corpus else (batch, None)
         mask = rollout.response_mask
         count = reduce.total(rollout.log_q, mask, policy.reduction).count
         share = corpus_lib.share(text, count) if corpus else None
         targets = policy_lib.prepare(policy, rollout.log_p, rollout.log_q, rollout.log_mix, mask)
         grads, metrics = gradients(
-            lambda params, micro, window: loss_sums(params, frozen, micro, share, window),
+            lambda params, micro, window: loss_sums(params, frozen, micro, share, most, window),
             state.params,
             (rollout, targets, text),
             micro_batches,
@@ -145,9 +151,19 @@ def method(
                 prompts.prompt_mask[here],
                 its_key,
                 mixing,
+                room(prompts.prompt[here], prompts.prompt_mask[here]) if ragged else None,
             )
             for here, its_key in zip(slices, keys, strict=True)
         ]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
-    return Method(update=compiled(update, shardings), collect=collect_rollout)
+    def told(batch: Any):
+        rollout, text = batch if corpus else (batch, None)
+        of_text = None if text is None else room(text, text >= 0, micro_batches)
+        return most_tokens(rollout, micro_batches), of_text
+
+    return Method(
+        update=compiled(update, shardings),
+        collect=collect_rollout,
+        most=told if ragged and not short else None,
+    )

@@ -20,6 +20,7 @@ from minillm_jax.models.attention import positions_of
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.decoder import Decoder, logical_axes
 from minillm_jax.models.layers import Block, Slots
+from minillm_jax.models.ragged import find, gather, spread
 from minillm_jax.types import Params
 
 # What is cast to the dtype of the arithmetic wherever it is used; norms and biases are not.
@@ -99,6 +100,7 @@ def extend(
     cache: Cache,
     *,
     advance: jax.Array | int | None = None,
+    most: int | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
     """Return the hidden states [B, C, E] of the next C slots and the cache that holds them.
@@ -106,6 +108,8 @@ def extend(
     Each query sees the valid slots up to its own. The index moves by `advance` (C by default): a
     caller that pads a chunk passes the slots it means, and False in `mask` for the rest, which the
     next chunk overwrites. `index + C` must not exceed the slots: the write would be shifted.
+    `most` is that of `hidden_states`, and for the first chunk of a cache alone: what follows
+    depends on more than the tokens of its own chunk.
     """
     chunk = tokens.shape[1]
     valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.index))
@@ -121,6 +125,9 @@ def extend(
 
     outer = Decoder(config)
     with jax.named_scope("embed"):
+        real = None if most is None else find(tokens, mask, most)
+        if real is not None:
+            tokens, positions = gather(tokens, real), gather(positions, real)
         x, angles = outer.apply({"params": params.outer}, tokens, positions, dtype, method="start")
     block, keys, values = Block(config), [], []
     for i, layer in enumerate(params.layers):
@@ -128,11 +135,12 @@ def extend(
             window = None if config.windows is None else config.windows[i]
             slots = Slots(cache.keys[i], cache.values[i], cache.index)
             x, slots = block.apply(
-                {"params": layer}, x, angles, (sight[window], None, None), None, slots
+                {"params": layer}, x, angles, (sight[window], None, real), None, slots
             )
             keys.append(slots.keys)
             values.append(slots.values)
     hidden: Any = outer.apply({"params": params.outer}, x, method="finish")
+    hidden = hidden if real is None else spread(hidden, real)
     return hidden, Cache(
         tuple(keys),
         tuple(values),

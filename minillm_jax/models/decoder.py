@@ -65,7 +65,7 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         """Map `tokens` [B, T] to hidden states [B, T, E].
 
-        With `most`, at least the real slots of all rows, what is no attention leaves padding out.
+        With `most`, at least the distinct tokens of all rows, each of them is read once (`ragged`).
         """
         c = self.config
         positions = positions_of(mask)
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         if self.kernel == "xla" and c.windows is not None:
             distance = positions[:, :, None] - positions[:, None, :]
             windows = jnp.array([window or _UNBOUNDED for window in c.windows], jnp.int32)
-        real = None if most is None else find(mask, most)
+        real = None if most is None else find(tokens, mask, most)
         if real is not None:
             tokens, positions = gather(tokens, real), gather(positions, real)
         with jax.named_scope("embed"):
@@ -157,8 +157,8 @@ def hidden_states(
     padded key. The states at padded slots are finite and mean nothing. Dropout only with a key.
     `remat` is what the backward pass computes again in each layer: "none", "dots" (all but the
     products with kernels; attention above all), "full" (all from the layer's input). With `most`,
-    at least the real slots of all rows together, projections read no padding (`ragged`); rows must
-    not be split over devices then.
+    at least the tokens of all rows that `ragged.distinct` counts, projections read those alone;
+    rows must not be split over devices then.
 
     Raises ValueError where learned positions are fewer than the slots, InputError where
     `config.attention` names a kernel that cannot take this.
@@ -171,7 +171,8 @@ def hidden_states(
     kernel = choose(config, rows, slots, dtype, dropout=dropping)
     model = Decoder(config, train=dropping, remat=remat, kernel=kernel)
     if kernel == "xla":
-        most = None if most is None or most >= tokens.size else most
+        if dropping or (most is not None and most >= tokens.size):
+            most = None  # each row has a dropout of its own
         hidden: Any = model.apply({"params": params}, tokens, mask, dtype, most, rngs=rngs)
         return hidden
     order, place = pack(mask)

@@ -48,7 +48,7 @@ class Writing:
 
 @decoding(
     static_argnames=(
-        "config", "slots", "warp", "eos_id", "pad_id", "vocab", "dtype", "with_greedy"
+        "config", "slots", "warp", "eos_id", "pad_id", "vocab", "dtype", "with_greedy", "most"
     ),
 )  # fmt: skip
 def generate(
@@ -65,6 +65,7 @@ def generate(
     vocab: int,
     with_greedy: bool = False,
     dtype: str | None = None,
+    most: int | None = None,
 ) -> Response:
     """Answers of up to `slots` tokens, one loop on the device that ends when every row has ended.
 
@@ -73,11 +74,13 @@ def generate(
     paper's evaluation does, but not at padding. `with_greedy` gives 2 B rows, those B and then the
     greedy answers to the same prompts, which are read once: one program, and a decoding step reads
     its weights once for both. `dtype` is that of arithmetic and cache, by default the parameters'.
+    With `most`, at least the tokens of the prompts that `ragged.distinct` counts, no other is read.
     """
     weights = unstack(config, params, dtype or params["embed"]["tokens"].dtype)
     start = begin(
-        config, weights, prompt, prompt_mask, key, slots=slots, dtype=dtype, with_greedy=with_greedy
-    )
+        config, weights, prompt, prompt_mask, key,
+        slots=slots, dtype=dtype, with_greedy=with_greedy, most=most,
+    )  # fmt: skip
     end = go_on(
         config, weights, start, warp=warp, eos_id=eos_id, pad_id=pad_id, vocab=vocab, dtype=dtype
     )
@@ -95,6 +98,7 @@ def begin(
     slots: int,
     dtype: str | None,
     with_greedy: bool,
+    most: int | None = None,
 ) -> Writing:
     """Read the prompts; the greedy rows, if any, are the second half."""
     rows, width = prompt.shape
@@ -102,7 +106,7 @@ def begin(
     uniforms = jax.random.uniform(key, (rows, slots))  # whatever rows fill the batch
     limits = jnp.full((rows,), slots, jnp.int32) if limits is None else limits
     cache = init_cache(config, rows, width + slots, kind)
-    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, dtype=kind)
+    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, most=most, dtype=kind)
     # Left padding is given ids of its own, so that it never completes an n-gram.
     history = jnp.where(prompt_mask, prompt, -1 - jnp.arange(width)[None])
     writing = Writing(

@@ -63,7 +63,7 @@ class Mixing:
     dtype: str = "float32"
 
 
-@decoding(static_argnames=("student", "teacher", "mixing"))
+@decoding(static_argnames=("student", "teacher", "mixing", "most"))
 def collect(
     student: DecoderConfig,
     teacher: DecoderConfig,
@@ -73,8 +73,11 @@ def collect(
     prompt_mask: jax.Array,  # [B, P]
     key: jax.Array,
     mixing: Mixing,
+    most: int | None = None,
 ) -> Rollout:
     """Sample a response per prompt from the mixture of the two models as they are.
+
+    With `most`, at least the tokens of the prompts that `ragged.distinct` counts, no other is read.
 
     Returns:
         The rollout; the loop ends as soon as every row has ended.
@@ -95,8 +98,8 @@ def collect(
     # The last chunk is written whole, however few of its tokens are real.
     p_cache = init_cache(teacher, rows, width + slots + chunk, teacher_dtype)
     with jax.named_scope("prefill"):
-        hidden, q_cache = read_q(prompt, prompt_mask, q_cache)
-        p_hidden, p_cache = read_p(prompt, prompt_mask, p_cache)
+        hidden, q_cache = read_q(prompt, prompt_mask, q_cache, most=most)
+        p_hidden, p_cache = read_p(prompt, prompt_mask, p_cache, most=most)
     states = jnp.zeros((rows, slots + chunk + 1, p_hidden.shape[-1]), p_hidden.dtype)
     states = states.at[:, 0].set(p_hidden[:, -1])
 

@@ -3,8 +3,10 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minillm_jax.models import DecoderConfig, hidden_states
+from minillm_jax.models.ragged import STEPS, room
 from minillm_jax.types import Array, Params, Sequences
 
 
@@ -22,6 +24,14 @@ def teacher_states(
     if isinstance(sequences, Taught):
         return jnp.asarray(sequences.teacher_hidden)
     return response_states(config, params, sequences, **options)
+
+
+def most_tokens(sequences: Sequences, micro_batches: int = 1, steps: int = STEPS) -> int | None:
+    """`most` for `response_states` of these rows, or of each micro-batch of them: `ragged.room`."""
+    pair = sequences.prompt, sequences.response
+    masks = sequences.prompt_mask, sequences.response_mask
+    tokens, mask = (np.concatenate(jax.device_get(x), axis=1) for x in (pair, masks))
+    return room(tokens, mask, micro_batches, steps)
 
 
 def response_states(

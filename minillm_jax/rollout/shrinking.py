@@ -40,6 +40,7 @@ def generate_shrinking(
     dtype: str | None = None,
     with_greedy: bool = False,
     limits: jax.Array | None = None,  # [B]
+    most: int | None = None,
     ways: int = 1,
     **options: Any,
 ) -> Response:
@@ -50,12 +51,14 @@ def generate_shrinking(
 
     Args:
         limits: most tokens of each row, `slots` by default.
+        most: that of `generate`.
         ways: parts into which the rows are split over the devices; a batch stays a multiple of it.
         options: the others of `generate`.
     """
     until = slots - WORTH  # before this token it is worth while
     if until <= 0 and limits is None:
         given = {"pad_id": pad_id, "dtype": dtype, "with_greedy": with_greedy} | options
+        given["most"] = most
         found = generate(config, params, prompt, prompt_mask, key, slots=slots, **given)
         return Response(hosts.fetch(found.tokens), hosts.fetch(found.mask))
     kind = dtype or str(params["embed"]["tokens"].dtype)
@@ -68,7 +71,8 @@ def generate_shrinking(
     rows = len(prompt) * (1 + with_greedy)
     writing = _first(
         config, weights, prompt, prompt_mask, key, limits,
-        slots=slots, with_greedy=with_greedy, leave_at=half(rows), until=until, **options,
+        slots=slots, with_greedy=with_greedy, leave_at=half(rows), until=until, most=most,
+        **options,
     )  # fmt: skip
     tokens, mask = np.full((rows, slots), pad_id, np.int32), np.zeros((rows, slots), bool)
     place = np.arange(rows)  # of the rows of the batch among all
@@ -95,13 +99,13 @@ def _unstacked(config: DecoderConfig, params: Params, dtype: str):
     return unstack(config, params, dtype)
 
 
-@decoding(static_argnames=(*_STATIC, "slots", "with_greedy"))
+@decoding(static_argnames=(*_STATIC, "slots", "with_greedy", "most"))
 def _first(
-    config, weights, prompt, prompt_mask, key, limits, *, slots, with_greedy, dtype, **options
+    config, weights, prompt, prompt_mask, key, limits, *, slots, with_greedy, dtype, most, **options
 ) -> Writing:
     start = begin(
         config, weights, prompt, prompt_mask, key, limits,
-        slots=slots, dtype=dtype, with_greedy=with_greedy,
+        slots=slots, dtype=dtype, with_greedy=with_greedy, most=most,
     )  # fmt: skip
     return go_on(config, weights, start, dtype=dtype, **options)
 

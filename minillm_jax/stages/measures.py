@@ -10,16 +10,15 @@ from minillm_jax.data.examples import Example
 from minillm_jax.evaluation import divergence
 from minillm_jax.evaluation.divergence import per_token, stack
 from minillm_jax.evaluation.rouge import mean_rouge_l
-from minillm_jax.methods.accumulate import lengths
 from minillm_jax.modelfiles import Model
-from minillm_jax.rollout import Warp
+from minillm_jax.rollout import Warp, most_tokens
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Run
 from minillm_jax.stages.answers import answered, references, respond, texts_of
 from minillm_jax.types import Sequences
 
 SAMPLED = Warp()
-STEPS = 16  # in which the slots of a batch are counted that are read
+STEPS = 16  # sizes of the programs, which are compiled in a second
 Scores = dict[str, float]
 
 
@@ -42,21 +41,9 @@ def batch_nll(run: Run, model: Model, batch: Sequences) -> np.ndarray:
         run.build.vocab,
         run.build.arithmetic(model),
         run.build.data.max_tokens,
-        most_tokens(run, batch),
+        most_tokens(batch, steps=STEPS) if run.build.ragged else None,
     )
     return hosts.fetch(nll)
-
-
-def most_tokens(run: Run, batch: Sequences) -> int | None:
-    """At least the tokens of a batch, for `hidden_states`: few values, each is a program.
-
-    None, which reads padding, too, where several devices share the rows.
-    """
-    if run.build.ways > 1:
-        return None
-    tokens, slots = lengths(batch).sum(), batch.prompt_mask.size + batch.response_mask.size
-    step = -(-slots // STEPS)
-    return -(-int(tokens) // step) * step
 
 
 def validation(run: Run, model: Model, wanted: Set[str], source: str = "") -> Scores:
@@ -95,7 +82,7 @@ def measure(run: Run, model: Model, batches: Any, k: int = 0) -> dict[str, np.nd
             run.build.vocab,
             run.build.arithmetic(model),
             k,
-            most_tokens(run, batch),
+            most_tokens(batch, steps=STEPS) if run.build.ragged else None,
         )
         parts.append({name: hosts.fetch(value)[:real] for name, value in found.items()})
     return stack(parts)

@@ -58,6 +58,17 @@ def test_chunks_and_single_steps_equal_the_full_forward(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neo", "opt_350m"])
+def test_a_first_chunk_without_padding_is_the_same(name):
+    config, tokens, full, step = case(name)
+    first, cache = extend(
+        config, unstack(config, params_of(config)), tokens[:, :6], MASK[:, :6],
+        init_cache(config, 4, 12), most=int(MASK[:, :6].sum()),
+    )  # fmt: skip
+    rest, _ = step(tokens[:, 6:], MASK[:, 6:], cache, 4)
+    check(jnp.concatenate([first, rest], 1), full)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "opt_350m"])
 def test_a_padded_chunk_is_overwritten_by_the_next(name):
     config, tokens, full, step = case(name)
     cache, states = init_cache(config, 4, 12), []

@@ -1,4 +1,4 @@
-"""Reading the real slots alone changes no state and no gradient."""
+"""Reading each distinct token once changes no state and no gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from tiny_decoders import CONFIGS, params_of, tokens_of
 
 from minillm_jax.models import hidden_states
-from minillm_jax.models.ragged import find, gather, spread
+from minillm_jax.models.ragged import find, gather, room, spread
 
 MASK = jnp.array(  # left padding, none, both sides, no token at all
     [
@@ -18,13 +18,18 @@ MASK = jnp.array(  # left padding, none, both sides, no token at all
     ],
     bool,
 )
-TOKENS = int(MASK.sum())
+# Rows 1 and 2 begin as row 0 does: with four of its tokens, then with three.
+TOKENS = tokens_of(*MASK.shape)
+TOKENS = TOKENS.at[1, :4].set(TOKENS[0, 3:7]).at[1, 4].set(TOKENS[0, 7] + 1)
+TOKENS = TOKENS.at[2, 1:4].set(TOKENS[0, 3:6]).at[2, 4].set(TOKENS[0, 6] + 1)
+TOKENS = TOKENS.at[2, 5].set(TOKENS[0, 7])  # the same again after another token: not shared
+READ = int(MASK.sum()) - 4 - 3
 
 
 def test_there_and_back_by_hand():
     mask = jnp.array([[False, True, True], [True, False, False]])
     x = jnp.arange(6.0).reshape(2, 3)
-    real = find(mask, 4)
+    real = find(x, mask, 4)
     np.testing.assert_array_equal(gather(x, real), [[1, 2, 3, 0]])
     np.testing.assert_array_equal(spread(gather(x, real), real), [[0, 1, 2], [3, 0, 0]])
     weights = jnp.array([[2.0, 3.0, 5.0, 7.0]])
@@ -34,13 +39,38 @@ def test_there_and_back_by_hand():
     np.testing.assert_array_equal(slope, [[1, 2, 3, 0]])
 
 
+def test_a_common_beginning_is_read_once_by_hand():
+    mask = jnp.array([[False, False, False], [False, True, True], [True, True, True]])
+    tokens = jnp.array([[7, 7, 7], [0, 7, 8], [7, 9, 8]])
+    real = find(tokens, mask, 5)
+    np.testing.assert_array_equal(gather(tokens, real), [[7, 8, 9, 8, 0]])
+    x = jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    there = [[0, 0, 0], [0, 1, 2], [1, 3, 4]]
+    np.testing.assert_array_equal(spread(x, real), there)
+    slope = jax.grad(lambda x: (spread(x, real) * jnp.arange(9.0).reshape(3, 3)).sum())(x)
+    np.testing.assert_array_equal(slope, [[4 + 6, 5, 7, 8, 0]])
+    slope = jax.grad(lambda y: (gather(y, real) * x).sum())(tokens.astype(float))
+    np.testing.assert_array_equal(slope, [[0, 0, 0], [0, 1, 2], [0, 3, 4]])
+
+
+def test_room_is_what_is_read_in_few_sizes():
+    assert room(TOKENS, MASK, steps=40) == READ and room(TOKENS, MASK, steps=8) == 20
+    assert room(TOKENS, MASK, steps=1) is None  # all slots
+    halves = [room(TOKENS[i::2], MASK[i::2], steps=20) for i in range(2)]
+    assert room(TOKENS, MASK, micro_batches=2, steps=20) == 10
+    assert halves == [10, 10]
+    found = []
+    jax.eval_shape(lambda tokens, mask: found.append(room(tokens, mask)), TOKENS, MASK)
+    assert found == [None]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_states_are_those_of_all_slots(name):
-    config, tokens = CONFIGS[name], tokens_of(*MASK.shape)
+    config = CONFIGS[name]
     params = params_of(config)
-    full = jax.jit(lambda: hidden_states(config, params, tokens, MASK))()
-    for most in (TOKENS, TOKENS + 5):
-        found = jax.jit(lambda most=most: hidden_states(config, params, tokens, MASK, most=most))()
+    full = jax.jit(lambda: hidden_states(config, params, TOKENS, MASK))()
+    for most in (READ, READ + 5):
+        found = jax.jit(lambda most=most: hidden_states(config, params, TOKENS, MASK, most=most))()
         np.testing.assert_allclose(found[MASK], full[MASK], atol=3e-6, rtol=0)
         assert not found[~MASK].any()  # and not just what was asked for without `most`
 
@@ -48,10 +78,10 @@ def test_states_are_those_of_all_slots(name):
 @pytest.mark.parametrize("name", ["llama", "gpt_neo", "opt_350m"])
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_gradients_are_those_of_all_slots(name, remat):
-    config, tokens = CONFIGS[name], tokens_of(*MASK.shape)
+    config = CONFIGS[name]
 
     def loss(params, most):
-        hidden = hidden_states(config, params, tokens, MASK, remat=remat, most=most)
+        hidden = hidden_states(config, params, TOKENS, MASK, remat=remat, most=most)
         return jnp.where(MASK[..., None], jnp.sin(hidden), 0).sum()
 
     one = jax.jit(jax.grad(loss), static_argnums=1)
@@ -59,7 +89,7 @@ def test_gradients_are_those_of_all_slots(name, remat):
     full = one(params, None)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())),
-        one(params, TOKENS + 3),
+        one(params, READ + 3),
         full,
     )
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(full)) > 0.1

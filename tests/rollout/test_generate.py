@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from minillm_jax.models import head, hidden_states, logits
+from minillm_jax.models.ragged import room
 from minillm_jax.rollout import Response, Warp, generate, generate_shrinking, shrinking
 from tests.toy_models import prompts, toy
 
@@ -99,6 +100,22 @@ def test_width_of_the_padding_changes_nothing():
     found = answer(prompt, mask, warp=Warp(no_repeat_ngram=3), key=2)
     again = answer(wide, jnp.pad(mask, ((0, 0), (4, 0))), warp=Warp(no_repeat_ngram=3), key=2)
     np.testing.assert_array_equal(found.tokens, again.tokens)
+
+
+def test_prompts_read_without_what_they_share_get_the_same_answers(monkeypatch):
+    prompt, mask = prompts(16, 5, VOCAB)
+    prompt = prompt.at[:, -1].set(3).at[4:8].set(prompt[0])
+    mask = mask.at[4:8].set(mask[0])
+    most = room(prompt, mask, steps=40)
+    assert most is not None and most < mask.sum()
+    plain = answer(prompt, mask, warp=Warp(), key=7)
+    found = answer(prompt, mask, warp=Warp(), key=7, most=most)
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+    for worth in (0, 64):
+        again, _ = shrunk(prompt, mask, monkeypatch, warp=Warp(), key=7, worth=worth, most=most)
+        np.testing.assert_array_equal(again.tokens, plain.tokens)
+    lost = answer(prompt, mask, warp=Warp(), key=7, most=most // 2)
+    assert (lost.tokens != plain.tokens).any()
 
 
 def test_rows_that_fill_the_batch_stay_empty_and_change_no_other():

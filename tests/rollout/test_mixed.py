@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from minillm_jax.models import head, hidden_states, logits
+from minillm_jax.models.ragged import room
 from minillm_jax.rollout import Mixing, collect, response_states
 from tests.toy_models import prompts, toy
 
@@ -120,6 +121,17 @@ def test_same_key_same_tokens_whatever_the_chunk():
     for other in others:
         np.testing.assert_array_equal(first, other)
     assert (rollout(key=6).response != first).any()
+
+
+def test_prompts_read_without_what_they_share_give_the_same_rollout():
+    prompt, mask = prompts(8, 5, VOCAB)
+    prompt, mask = prompt.at[2:].set(prompt[0]), mask.at[2:].set(mask[0])
+    given = STUDENT, TEACHER, Q, P, prompt, mask, jax.random.key(2), mixing()
+    plain, found = collect(*given), collect(*given, most=room(prompt, mask, steps=40))
+    np.testing.assert_array_equal(found.response, plain.response)
+    np.testing.assert_allclose(found.log_q, plain.log_q, atol=1e-5)
+    np.testing.assert_allclose(found.teacher_hidden, plain.teacher_hidden, atol=1e-5)
+    assert (collect(*given, most=3).response != plain.response).any()
 
 
 def test_rows_that_fill_the_batch_stay_empty_and_change_no_other():

@@ -27,6 +27,7 @@ from minillm_jax.methods import Method, compiled, cross_entropy
 from minillm_jax.methods.accumulate import dropout_keys, gradients, lengths
 from minillm_jax.methods.on_policy import Buffer, OnPolicy
 from minillm_jax.models import DecoderConfig, head
+from minillm_jax.models.ragged import UPDATES
 from minillm_jax.objectives import divergences, reduce, top_k, vocab
 from minillm_jax.objectives.taid import Schedule
 from minillm_jax.objectives.top_k import Cut
@@ -173,7 +174,7 @@ def method(
     observe = on_policy.replay.observe if on_policy.replay else None
     # What the student writes in the update is not known before.
     known = ragged and not short and not on_policy.writes
-    told = partial(most_tokens, micro_batches=micro_batches) if known else None
+    told = partial(most_tokens, shares=UPDATES, micro_batches=micro_batches) if known else None
     return Method(compiled(update, shardings), memory=memory, observe=observe, most=told)
 
 

@@ -20,7 +20,7 @@ from minillm_jax.methods import corpus as corpus_lib
 from minillm_jax.methods.accumulate import gradients, lengths
 from minillm_jax.methods.corpus import CorpusLoss
 from minillm_jax.models import DecoderConfig, head
-from minillm_jax.models.ragged import room
+from minillm_jax.models.ragged import PROMPTS, UPDATES, room
 from minillm_jax.objectives import policy as policy_lib
 from minillm_jax.objectives import reduce, vocab
 from minillm_jax.objectives.policy import Policy
@@ -151,7 +151,7 @@ def method(
                 prompts.prompt_mask[here],
                 its_key,
                 mixing,
-                room(prompts.prompt[here], prompts.prompt_mask[here]) if ragged else None,
+                room(prompts.prompt[here], prompts.prompt_mask[here], PROMPTS) if ragged else None,
             )
             for here, its_key in zip(slices, keys, strict=True)
         ]
@@ -159,8 +159,8 @@ def method(
 
     def told(batch: Any):
         rollout, text = batch if corpus else (batch, None)
-        of_text = None if text is None else room(text, text >= 0, micro_batches)
-        return most_tokens(rollout, micro_batches), of_text
+        of_text = None if text is None else room(text, text >= 0, UPDATES, micro_batches)
+        return most_tokens(rollout, UPDATES, micro_batches), of_text
 
     return Method(
         update=compiled(update, shardings),

@@ -12,6 +12,7 @@ import optax
 from minillm_jax.methods import Method, compiled, cross_entropy
 from minillm_jax.methods.accumulate import dropout_keys, gradients, lengths
 from minillm_jax.models import DecoderConfig
+from minillm_jax.models.ragged import UPDATES
 from minillm_jax.objectives import reduce
 from minillm_jax.rollout import most_tokens, response_states
 from minillm_jax.train_state import TrainState
@@ -64,5 +65,9 @@ def method(
         state, more = state.apply_gradients(optimizer, grads, metrics["loss"])
         return state, metrics | more | {"learning_rate": rate}
 
-    told = partial(most_tokens, micro_batches=micro_batches) if ragged and not short else None
+    told = (
+        partial(most_tokens, shares=UPDATES, micro_batches=micro_batches)
+        if ragged and not short
+        else None
+    )
     return Method(update=compiled(update, shardings), most=told)

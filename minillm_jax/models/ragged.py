@@ -12,6 +12,7 @@ words of a template), its states are the first one's: nothing is lost but time. 
 are on one device: over several, each would have its own number of tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -22,7 +23,12 @@ from jax.core import Tracer
 
 from minillm_jax.models.attention import positions_of
 
-STEPS = 8  # sizes of a program
+# Shares of the slots in which what is read is counted. Each is a program of its own: of scoring it
+# takes a second to compile, of generation some ten, and every update that is the first of its size
+# waits for its own, so that these have but two, the first half of the second.
+SCORING = tuple(n / 16 for n in range(1, 16))
+PROMPTS = 1 / 4, 1 / 2, 3 / 4
+UPDATES = 3 / 8, 3 / 4
 
 
 @flax.struct.dataclass
@@ -53,11 +59,11 @@ def distinct(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mask & (source == here), source
 
 
-def room(tokens: Any, mask: Any, micro_batches: int = 1, steps: int = STEPS) -> int | None:
+def room(tokens: Any, mask: Any, shares: Sequence[float], micro_batches: int = 1) -> int | None:
     """Return `most` for `find` on the host: what is read of `tokens` [B, T] or of a micro-batch.
 
-    These are rows i, i + n, ... of n. It is a multiple of their slots over `steps`, so that there
-    are few programs; None if all are read, or while a program is traced and tokens are not known.
+    A micro-batch is the rows i, i + n, ... of n. It is the first of `shares`, which rise, of the
+    slots that is enough; None if that takes all, or while a program is traced.
     """
     if isinstance(mask, Tracer):
         return None
@@ -65,9 +71,7 @@ def room(tokens: Any, mask: Any, micro_batches: int = 1, steps: int = STEPS) -> 
     slots = mask.size // micro_batches
     parts = (slice(first, None, micro_batches) for first in range(micro_batches))
     read = max(int(_count(tokens[rows], mask[rows])) for rows in parts)
-    step = -(-slots // steps)
-    most = -(-read // step) * step
-    return most if most < slots else None
+    return next((most for share in shares if read <= (most := int(share * slots))), None)
 
 
 @jax.jit

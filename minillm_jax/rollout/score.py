@@ -1,12 +1,14 @@
 """Teacher-forced reading of given responses: the hidden states that predict their tokens."""
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from minillm_jax.models import DecoderConfig, hidden_states
-from minillm_jax.models.ragged import STEPS, room
+from minillm_jax.models.ragged import room
 from minillm_jax.types import Array, Params, Sequences
 
 
@@ -26,12 +28,14 @@ def teacher_states(
     return response_states(config, params, sequences, **options)
 
 
-def most_tokens(sequences: Sequences, micro_batches: int = 1, steps: int = STEPS) -> int | None:
+def most_tokens(
+    sequences: Sequences, shares: Sequence[float], micro_batches: int = 1
+) -> int | None:
     """`most` for `response_states` of these rows, or of each micro-batch of them: `ragged.room`."""
     pair = sequences.prompt, sequences.response
     masks = sequences.prompt_mask, sequences.response_mask
     tokens, mask = (np.concatenate(jax.device_get(x), axis=1) for x in (pair, masks))
-    return room(tokens, mask, micro_batches, steps)
+    return room(tokens, mask, shares, micro_batches)
 
 
 def response_states(

@@ -11,7 +11,7 @@ from minillm_jax import hosts, stopping
 from minillm_jax.data.examples import Example
 from minillm_jax.dataset import SPLITS
 from minillm_jax.modelfiles import Model
-from minillm_jax.models.ragged import room
+from minillm_jax.models.ragged import PROMPTS, room
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import RowLog, jsonable, read_rows, write_rows
 from minillm_jax.rollout import Warp, generate_shrinking
@@ -95,7 +95,7 @@ def answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequence
     """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
     options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
     ids, real = place((batch.prompt, batch.prompt_mask), batch_sharding(run.build.mesh))
-    most = room(batch.prompt, batch.prompt_mask) if run.build.ragged else None
+    most = room(batch.prompt, batch.prompt_mask, PROMPTS) if run.build.ragged else None
     options |= {"with_greedy": with_greedy, "ways": run.build.ways, "most": most}
     found = generate_shrinking(model.config, model.params, ids, real, key, **options)
     times = 1 + with_greedy

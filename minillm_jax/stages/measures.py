@@ -11,6 +11,7 @@ from minillm_jax.evaluation import divergence
 from minillm_jax.evaluation.divergence import per_token, stack
 from minillm_jax.evaluation.rouge import mean_rouge_l
 from minillm_jax.modelfiles import Model
+from minillm_jax.models.ragged import SCORING
 from minillm_jax.rollout import Warp, most_tokens
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Run
@@ -18,7 +19,6 @@ from minillm_jax.stages.answers import answered, references, respond, texts_of
 from minillm_jax.types import Sequences
 
 SAMPLED = Warp()
-STEPS = 16  # sizes of the programs, which are compiled in a second
 Scores = dict[str, float]
 
 
@@ -41,7 +41,7 @@ def batch_nll(run: Run, model: Model, batch: Sequences) -> np.ndarray:
         run.build.vocab,
         run.build.arithmetic(model),
         run.build.data.max_tokens,
-        most_tokens(batch, steps=STEPS) if run.build.ragged else None,
+        most_tokens(batch, SCORING) if run.build.ragged else None,
     )
     return hosts.fetch(nll)
 
@@ -82,7 +82,7 @@ def measure(run: Run, model: Model, batches: Any, k: int = 0) -> dict[str, np.nd
             run.build.vocab,
             run.build.arithmetic(model),
             k,
-            most_tokens(batch, steps=STEPS) if run.build.ragged else None,
+            most_tokens(batch, SCORING) if run.build.ragged else None,
         )
         parts.append({name: hosts.fetch(value)[:real] for name, value in found.items()})
     return stack(parts)

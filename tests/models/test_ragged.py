@@ -54,13 +54,14 @@ def test_a_common_beginning_is_read_once_by_hand():
 
 
 def test_room_is_what_is_read_in_few_sizes():
-    assert room(TOKENS, MASK, steps=40) == READ and room(TOKENS, MASK, steps=8) == 20
-    assert room(TOKENS, MASK, steps=1) is None  # all slots
-    halves = [room(TOKENS[i::2], MASK[i::2], steps=20) for i in range(2)]
-    assert room(TOKENS, MASK, micro_batches=2, steps=20) == 10
-    assert halves == [10, 10]
+    assert (READ, MASK.size) == (16, 40)
+    for shares, most in (((0.4,), 16), ((0.2, 0.5, 0.75), 20), ((0.375, 0.75), 30), ((0.3,), None)):
+        assert room(TOKENS, MASK, shares) == most
+    order = jnp.array([0, 1, 3, 2])  # of 20 slots 7 are read, of rows 0 and 3, and 13
+    parts = TOKENS[order], MASK[order]
+    assert room(*parts, (0.35, 0.65, 0.8), micro_batches=2) == 13
     found = []
-    jax.eval_shape(lambda tokens, mask: found.append(room(tokens, mask)), TOKENS, MASK)
+    jax.eval_shape(lambda tokens, mask: found.append(room(tokens, mask, (0.5,))), TOKENS, MASK)
     assert found == [None]
 
 

@@ -106,7 +106,7 @@ def test_prompts_read_without_what_they_share_get_the_same_answers(monkeypatch):
     prompt, mask = prompts(16, 5, VOCAB)
     prompt = prompt.at[:, -1].set(3).at[4:8].set(prompt[0])
     mask = mask.at[4:8].set(mask[0])
-    most = room(prompt, mask, steps=40)
+    most = room(prompt, mask, [n / 40 for n in range(40)])
     assert most is not None and most < mask.sum()
     plain = answer(prompt, mask, warp=Warp(), key=7)
     found = answer(prompt, mask, warp=Warp(), key=7, most=most)

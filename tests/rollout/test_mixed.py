@@ -127,7 +127,7 @@ def test_prompts_read_without_what_they_share_give_the_same_rollout():
     prompt, mask = prompts(8, 5, VOCAB)
     prompt, mask = prompt.at[2:].set(prompt[0]), mask.at[2:].set(mask[0])
     given = STUDENT, TEACHER, Q, P, prompt, mask, jax.random.key(2), mixing()
-    plain, found = collect(*given), collect(*given, most=room(prompt, mask, steps=40))
+    plain, found = collect(*given), collect(*given, most=room(prompt, mask, [0.3, 0.5]))
     np.testing.assert_array_equal(found.response, plain.response)
     np.testing.assert_allclose(found.log_q, plain.log_q, atol=1e-5)
     np.testing.assert_allclose(found.teacher_hidden, plain.teacher_hidden, atol=1e-5)

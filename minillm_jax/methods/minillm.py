@@ -159,8 +159,18 @@ def method(
 
     def told(batch: Any):
         rollout, text = batch if corpus else (batch, None)
-        of_text = None if text is None else room(text, text >= 0, UPDATES, micro_batches)
-        return most_tokens(rollout, UPDATES, micro_batches), of_text
+
+        def at(shares: Sequence[float]) -> tuple[int | None, int | None]:
+            of_text = None if text is None else room(text, text >= 0, shares, micro_batches)
+            return most_tokens(rollout, shares, micro_batches), of_text
+
+        # At one share of what can be read so, and not at one each, so that there are few programs.
+        rows, blocks = at(UPDATES)
+        for share in UPDATES:
+            found = at((share,))
+            if (found[0] or not rows) and (found[1] or not blocks):
+                return found
+        return None, None
 
     return Method(
         update=compiled(update, shardings),

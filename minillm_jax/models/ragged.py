@@ -24,11 +24,10 @@ from jax.core import Tracer
 from minillm_jax.models.attention import positions_of
 
 # Shares of the slots in which what is read is counted. Each is a program of its own: of scoring it
-# takes a second to compile, of generation some ten, and every update that is the first of its size
-# waits for its own, so that these have but two, the first half of the second.
+# takes a second to compile, of an update and of generation from five to twenty.
 SCORING = tuple(n / 16 for n in range(1, 16))
 PROMPTS = 1 / 4, 1 / 2, 3 / 4
-UPDATES = 3 / 8, 3 / 4
+UPDATES = 3 / 8, 5 / 8, 3 / 4
 
 
 @flax.struct.dataclass

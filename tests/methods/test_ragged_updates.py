@@ -75,3 +75,14 @@ def test_what_is_not_known_before_is_not_told():
     assert made("divergence", 1, share=0.5).most is None  # the student may write
     assert made("sft", 1, windows=(4, 8)).most is None
     assert made("sft", 1, ragged=False).most is None
+
+
+def test_rows_and_text_are_read_in_one_share_of_their_slots():
+    method, (given, text) = made("corpus", 1), rows("corpus")
+    slots = given.prompt.size + given.response.size
+    most, blocks = method.most((given, text))
+    assert most / slots == blocks / text.size < 1
+    short = np.where(np.arange(6)[None] < 2, text, -1)
+    assert method.most((given, short))[0] == most  # text that needs less is read as they are
+    full = np.arange(text.size).reshape(text.shape)  # nothing to leave out, and no row waits for it
+    assert method.most((given, full)) == (most, None)

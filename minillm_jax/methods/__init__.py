@@ -5,7 +5,6 @@ prompts, key) -> rollout` is what MiniLLM adds: it writes the batch that the nex
 `registry` names the methods and says what each is; `assemble.py` makes them from a config.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +24,8 @@ def compiled(update: Callable, shardings: Any = None) -> Update:
 
     `shardings` is that of `train_state.state_shardings`; None leaves the layout to the compiler.
     """
-    told = [name for name in inspect.signature(update).parameters if name == "most"]
     out = (shardings, None)
-    return jax.jit(update, static_argnames=told, donate_argnames="state", out_shardings=out)
+    return jax.jit(update, static_argnames="most", donate_argnames="state", out_shardings=out)
 
 
 @dataclass(frozen=True)

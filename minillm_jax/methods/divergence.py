@@ -73,8 +73,8 @@ def method(
         dropout_seed: train with the student's dropout, its keys from this seed; None: without.
             The teacher has none.
         windows: for the tokens of a prompt and its response together: `accumulate.gradients`.
-        ragged: with no more than one window and given answers alone, read each distinct token once:
-            `models.ragged`.
+        ragged: with no more than one window, given answers alone and no dropout, read each distinct
+            token once: `models.ragged`.
 
     Raises:
         InputError: no such divergence, a parameter or share that is none.
@@ -173,7 +173,7 @@ def method(
 
     observe = on_policy.replay.observe if on_policy.replay else None
     # What the student writes in the update is not known before.
-    known = ragged and not short and not on_policy.writes
+    known = ragged and not short and not on_policy.writes and dropout_seed is None
     told = partial(most_tokens, shares=UPDATES, micro_batches=micro_batches) if known else None
     return Method(compiled(update, shardings), memory=memory, observe=observe, most=told)
 

@@ -41,7 +41,8 @@ def method(
         remat: what the backward pass computes again: `hidden_states`.
         dropout_seed: train with the model's dropout, its keys from this seed; None: without.
         windows: for the tokens of a prompt and its response together: `accumulate.gradients`.
-        ragged: with no more than one window, read each distinct token once: `models.ragged`.
+        ragged: with no more than one window and no dropout, read each distinct token once:
+            `models.ragged`.
     """
     short = len(windows) > 1
 
@@ -65,9 +66,6 @@ def method(
         state, more = state.apply_gradients(optimizer, grads, metrics["loss"])
         return state, metrics | more | {"learning_rate": rate}
 
-    told = (
-        partial(most_tokens, shares=UPDATES, micro_batches=micro_batches)
-        if ragged and not short
-        else None
-    )
+    known = ragged and not short and dropout_seed is None
+    told = partial(most_tokens, shares=UPDATES, micro_batches=micro_batches) if known else None
     return Method(update=compiled(update, shardings), most=told)

@@ -75,6 +75,8 @@ def test_what_is_not_known_before_is_not_told():
     assert made("divergence", 1, share=0.5).most is None  # the student may write
     assert made("sft", 1, windows=(4, 8)).most is None
     assert made("sft", 1, ragged=False).most is None
+    for kind in ("sft", "divergence"):  # each row has a dropout of its own
+        assert made(kind, 1).most and made(kind, 1, dropout_seed=0).most is None
 
 
 def test_rows_and_text_are_read_in_one_share_of_their_slots():

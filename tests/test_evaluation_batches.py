@@ -5,7 +5,7 @@ import pytest
 
 from minillm_jax.build import Builder
 from minillm_jax.reporting.writers import MetricsWriter
-from minillm_jax.rollout import Warp
+from minillm_jax.rollout import Warp, Written
 from minillm_jax.stages import Run, answers, measures
 from tests.toy_run import one_device, toy_config
 
@@ -52,6 +52,39 @@ def test_rows_are_split_over_the_devices_and_padded_up_to_them(judged):
         assert again == texts and len(found["tokens"]) == 3
         for name, value in figures.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_answers_with_their_states_are_not_read_again_by_their_model(tmp_path, monkeypatch):
+    one_device(monkeypatch)
+    config = toy_config(tmp_path)
+    config.evaluate.batch_size = 2
+    with MetricsWriter(tmp_path) as metrics:
+        run = Run(Builder(config), tmp_path, metrics)
+        student, asked = run.build.student(), run.build.data.prompts("train")[:3]
+        options = {"file": tmp_path / "answers.jsonl", "with_states": True}
+        written, greedy = answers.respond_twice(run, student, asked, 0, **options)
+        assert all(isinstance(batch, Written) for batch, _ in written)
+        assert not any(isinstance(batch, Written) for batch, _ in greedy)
+        kept, _ = answers.respond_twice(run, student, asked, 0, **options)
+        assert not any(isinstance(batch, Written) for batch, _ in kept)
+        found, read = (measures.measure(run, student, batches) for batches in (written, kept))
+        assert float(read["reverse_kl"].min()) > 0.01
+        for name, value in read.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
+        states = [batch.hidden for batch, _ in written]
+        assert [x.shape for x in states] == [(2, 8, 32)] * 2
+        other = written[0][0].replace(hidden=states[0][::-1]), written[0][1]
+        wrong = measures.measure(run, student, [other])["reverse_kl"]
+        assert abs(wrong - read["reverse_kl"][:2]).max() > 0.01  # the states are what is used
+
+
+def test_states_are_not_kept_on_several_devices(tmp_path, monkeypatch):
+    one_device(monkeypatch, 2)
+    with MetricsWriter(tmp_path) as metrics:
+        run = Run(Builder(toy_config(tmp_path)), tmp_path, metrics)
+        student, asked = run.build.student(), run.build.data.prompts("train")[:3]
+        found = answers.respond(run, student, asked, GREEDY, 0, with_states=True)
+        assert not any(isinstance(batch, Written) for batch, _ in found)
 
 
 def test_the_teacher_answers_so_many_prompts_at_a_time(tmp_path, monkeypatch):

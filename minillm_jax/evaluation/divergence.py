@@ -9,7 +9,7 @@ import numpy as np
 from minillm_jax.evaluation import overlap
 from minillm_jax.models import DecoderConfig, head
 from minillm_jax.objectives import reduce, vocab
-from minillm_jax.rollout import response_states
+from minillm_jax.rollout import own_states, response_states
 from minillm_jax.types import Params, Sequences
 
 # What `sums` returns per response, besides its number of tokens; and per token.
@@ -35,11 +35,11 @@ def sums(
     position of the response, both models reading the same prefix; the student in `dtype`, the
     teacher in that of its parameters. Per token, [B, N]: `log_ratio`, log(p / q) of the token, and
     `forward_kl_at`, both 0 in padding. With `k`, the sums of `overlap` with the teacher's k
-    likeliest ids and of the `mass` on them, too.
+    likeliest ids and of the `mass` on them, too. The states of a `Written` batch are the student's.
     """
     q_head, p_head = head(student, params), head(teacher, teacher_params)
     own = teacher_params["embed"]["tokens"].dtype
-    q_states = response_states(student, params, batch, dtype=dtype, most=most)
+    q_states = own_states(student, params, batch, dtype=dtype, most=most)
     p_states = response_states(teacher, teacher_params, batch, dtype=own, most=most)
     score = vocab.scores(
         q_states,

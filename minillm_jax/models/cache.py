@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from minillm_jax.axes import constrain
 from minillm_jax.models.attention import positions_of
 from minillm_jax.models.config import DecoderConfig
-from minillm_jax.models.decoder import Decoder, logical_axes
+from minillm_jax.models.decoder import Decoder, logical_axes, window_sizes
 from minillm_jax.models.layers import Block, Slots
 from minillm_jax.models.ragged import find, gather, spread
 from minillm_jax.types import Params
@@ -48,6 +48,7 @@ class DecodeParams:
 
     outer: Params  # everything but the layers
     layers: tuple[Params, ...]  # L
+    stacked: Params  # the layers as they came, where those of a chunk are scanned
 
 
 def init_cache(
@@ -73,8 +74,7 @@ def unstack(config: DecoderConfig, params: Params, dtype: DTypeLike | None = Non
     """
 
     def ready(path, x, names):
-        if dtype is not None and path[-1].key in _CAST:
-            x = x.astype(dtype)
+        x = x if dtype is None else _cast(path, x, dtype)
         names = (None if name == "embed" else name for name in names)
         return constrain(x, *names, units=config.axis_units)
 
@@ -83,9 +83,12 @@ def unstack(config: DecoderConfig, params: Params, dtype: DTypeLike | None = Non
     outer = {name: value for name, value in params.items() if name != "layers"}
     outer = jax.tree.map_with_path(ready, outer, axes)
     layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.layers))
-    return DecodeParams(
-        outer, tuple(jax.tree.map_with_path(ready, layer, inner) for layer in layers)
-    )
+    layers = tuple(jax.tree.map_with_path(ready, layer, inner) for layer in layers)
+    return DecodeParams(outer, layers, params["layers"])
+
+
+def _cast(path: Any, x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return x.astype(dtype) if path[-1].key in _CAST else x
 
 
 def _is_names(node: Any) -> bool:
@@ -109,7 +112,8 @@ def extend(
     caller that pads a chunk passes the slots it means, and False in `mask` for the rest, which the
     next chunk overwrites. `index + C` must not exceed the slots: the write would be shifted.
     `most` is that of `hidden_states`, and for the first chunk of a cache alone: what follows
-    depends on more than the tokens of its own chunk.
+    depends on more than the tokens of its own chunk. With it the layers are scanned, for a program
+    of one layer is compiled sooner, and a chunk that is read once can spare the copies.
     """
     chunk = tokens.shape[1]
     valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.index))
@@ -117,11 +121,9 @@ def extend(
     slot = jnp.arange(valid.shape[1])[None, None, :]
     query = (cache.index + jnp.arange(chunk))[None, :, None]
     seen = valid[:, None, :] & (slot <= query)
-    sight: dict[int | None, jax.Array] = {None: seen}
+    distance = None
     if config.windows is not None:
         distance = positions[:, :, None] - positions_of(valid)[:, None, :]
-        for window in set(config.windows):
-            sight[window] = seen if window is None else seen & (distance < window)
 
     outer = Decoder(config)
     with jax.named_scope("embed"):
@@ -129,22 +131,53 @@ def extend(
         if real is not None:
             tokens, positions = gather(tokens, real), gather(positions, real)
         x, angles = outer.apply({"params": params.outer}, tokens, positions, dtype, method="start")
+    sight = seen, distance, real
+    through = _unrolled if most is None else _scanned
+    x, keys, values = through(config, params, x, angles, sight, cache)
+    hidden: Any = outer.apply({"params": params.outer}, x, method="finish")
+    hidden = hidden if real is None else spread(hidden, real)
+    return hidden, Cache(
+        keys,
+        values,
+        valid,
+        cache.length + jnp.sum(mask, 1, dtype=jnp.int32),
+        cache.index + (chunk if advance is None else advance),
+    )
+
+
+def _unrolled(config, params, x, angles, sight, cache):
+    """The output of the layers, one after another, and their keys and values."""
+    seen, distance, real = sight
+    by_window: dict[int | None, jax.Array] = {None: seen}
+    for window in set(config.windows or ()) - {None}:
+        by_window[window] = seen & (distance < window)
     block, keys, values = Block(config), [], []
     for i, layer in enumerate(params.layers):
         with jax.named_scope(f"layer_{i}"):
             window = None if config.windows is None else config.windows[i]
             slots = Slots(cache.keys[i], cache.values[i], cache.index)
-            x, slots = block.apply(
-                {"params": layer}, x, angles, (sight[window], None, real), None, slots
-            )
+            inputs = x, angles, (by_window[window], None, real), None, slots
+            x, slots = block.apply({"params": layer}, *inputs)
             keys.append(slots.keys)
             values.append(slots.values)
-    hidden: Any = outer.apply({"params": params.outer}, x, method="finish")
-    hidden = hidden if real is None else spread(hidden, real)
-    return hidden, Cache(
-        tuple(keys),
-        tuple(values),
-        valid,
-        cache.length + jnp.sum(mask, 1, dtype=jnp.int32),
-        cache.index + (chunk if advance is None else advance),
-    )
+    return x, tuple(keys), tuple(values)
+
+
+def _scanned(config, params, x, angles, sight, cache):
+    """The same by a scan over the stacked layers, into an empty cache."""
+    block, dtype, chunk = Block(config), x.dtype, sight[0].shape[1]
+
+    def body(x: Any, layer: Any) -> Any:
+        weights, window = layer
+        weights = jax.tree.map_with_path(lambda path, w: _cast(path, w, dtype), weights)
+        empty = Slots(jnp.zeros_like(cache.keys[0]), jnp.zeros_like(cache.values[0]), cache.index)
+        out: Any = block.apply({"params": weights}, x, angles, sight, window, empty)
+        x, slots = out
+        return x, (slots.keys[:, :, :chunk], slots.values[:, :, :chunk])
+
+    x, (keys, values) = jax.lax.scan(body, x, (params.stacked, window_sizes(config)))
+    written = [
+        Slots(cache.keys[i], cache.values[i], cache.index).write(keys[i], values[i])
+        for i in range(config.layers)
+    ]
+    return x, tuple(slots.keys for slots in written), tuple(slots.values for slots in written)

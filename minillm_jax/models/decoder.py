@@ -23,6 +23,13 @@ from minillm_jax.types import Params
 _UNBOUNDED = 2**30  # the window of a layer without one
 
 
+def window_sizes(config: DecoderConfig) -> jax.Array | None:
+    """Return the window of each layer, [L]; None where none has one."""
+    if config.windows is None:
+        return None
+    return jnp.array([window or _UNBOUNDED for window in config.windows], jnp.int32)
+
+
 # What a layer keeps for its backward pass beside its input.
 _KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
@@ -74,7 +81,7 @@ class Decoder(nn.Module):
             sees = causal_mask(mask)
         if self.kernel == "xla" and c.windows is not None:
             distance = positions[:, :, None] - positions[:, None, :]
-            windows = jnp.array([window or _UNBOUNDED for window in c.windows], jnp.int32)
+            windows = window_sizes(c)
         real = None if most is None else find(tokens, mask, most)
         if real is not None:
             tokens, positions = gather(tokens, real), gather(positions, real)

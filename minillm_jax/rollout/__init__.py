@@ -2,11 +2,18 @@
 
 from minillm_jax.rollout.generate import Response, generate
 from minillm_jax.rollout.mixed import Mixing, Rollout, collect
-from minillm_jax.rollout.score import Taught, most_tokens, response_states, teacher_states
+from minillm_jax.rollout.score import (
+    Taught,
+    Written,
+    most_tokens,
+    own_states,
+    response_states,
+    teacher_states,
+)
 from minillm_jax.rollout.shrinking import generate_shrinking
 from minillm_jax.rollout.warp import Warp
 
 __all__ = [
-    "Mixing", "Response", "Rollout", "Taught", "Warp", "collect", "generate",
-    "generate_shrinking", "most_tokens", "response_states", "teacher_states",
+    "Mixing", "Response", "Rollout", "Taught", "Warp", "Written", "collect", "generate",
+    "generate_shrinking", "most_tokens", "own_states", "response_states", "teacher_states",
 ]  # fmt: skip

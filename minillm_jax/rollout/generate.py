@@ -25,10 +25,15 @@ from minillm_jax.types import Array, Params
 
 @flax.struct.dataclass
 class Response:
-    """Generated ids [B, N], right-padded, and their mask up to the first end of sequence."""
+    """Generated ids [B, N], right-padded, and their mask up to the first end of sequence.
+
+    With `with_states` the states [B, N, E] that predicted them, too: `hidden_states` of prompt and
+    response, but for rounding, and 0 where nothing was written.
+    """
 
     tokens: Array
     mask: Array
+    hidden: Array | None = None
 
 
 @flax.struct.dataclass
@@ -44,11 +49,13 @@ class Writing:
     uniforms: jax.Array  # [B, N] in [0, 1), those of the draws
     limits: jax.Array  # [B] int32, tokens after which a row ends at the latest
     greedy: jax.Array | None  # [B] bool, rows that take the best token
+    states: jax.Array | None  # [B, N, E], those that predicted the tokens written
 
 
 @decoding(
     static_argnames=(
-        "config", "slots", "warp", "eos_id", "pad_id", "vocab", "dtype", "with_greedy", "most"
+        "config", "slots", "warp", "eos_id", "pad_id", "vocab", "dtype", "with_greedy", "most",
+        "with_states",
     ),
 )  # fmt: skip
 def generate(
@@ -64,6 +71,7 @@ def generate(
     pad_id: int,
     vocab: int,
     with_greedy: bool = False,
+    with_states: bool = False,
     dtype: str | None = None,
     most: int | None = None,
 ) -> Response:
@@ -79,7 +87,7 @@ def generate(
     weights = unstack(config, params, dtype or params["embed"]["tokens"].dtype)
     start = begin(
         config, weights, prompt, prompt_mask, key,
-        slots=slots, dtype=dtype, with_greedy=with_greedy, most=most,
+        slots=slots, dtype=dtype, with_greedy=with_greedy, with_states=with_states, most=most,
     )  # fmt: skip
     end = go_on(
         config, weights, start, warp=warp, eos_id=eos_id, pad_id=pad_id, vocab=vocab, dtype=dtype
@@ -98,6 +106,7 @@ def begin(
     slots: int,
     dtype: str | None,
     with_greedy: bool,
+    with_states: bool = False,
     most: int | None = None,
 ) -> Writing:
     """Read the prompts; the greedy rows, if any, are the second half."""
@@ -119,6 +128,7 @@ def begin(
         uniforms=uniforms,
         limits=limits,
         greedy=None,
+        states=jnp.zeros((rows, slots, hidden.shape[-1]), hidden.dtype) if with_states else None,
     )
     if with_greedy:
         # Every leaf has the rows on axis 0, but for the index and `t` that they share.
@@ -169,6 +179,10 @@ def go_on(
         uniform = jax.lax.dynamic_index_in_dim(now.uniforms, now.t, axis=1, keepdims=False)
         token = jnp.where(now.done, pad_id, chosen(scores, uniform))
         here = jnp.ones_like(now.done)[:, None]
+        states = now.states
+        if states is not None:
+            state = jnp.where(now.done[:, None], 0, now.hidden)[:, None]
+            states = jax.lax.dynamic_update_slice(states, state, (0, now.t, 0))
         hidden, cache = extend(config, weights, token[:, None], here, now.cache, dtype=kind)
         return dataclasses.replace(
             now,
@@ -178,6 +192,7 @@ def go_on(
             cache=cache,
             history=jax.lax.dynamic_update_slice(now.history, token[:, None], (0, width + now.t)),
             mask=jax.lax.dynamic_update_slice(now.mask, ~now.done[:, None], (0, now.t)),
+            states=states,
         )
 
     return jax.lax.while_loop(unfinished, step, writing)
@@ -187,4 +202,4 @@ def go_on(
 def answers_of(writing: Writing, pad_id: int) -> Response:
     """What is written."""
     tokens = writing.history[:, -writing.mask.shape[1] :]
-    return Response(tokens=jnp.where(writing.mask, tokens, pad_id), mask=writing.mask)
+    return Response(jnp.where(writing.mask, tokens, pad_id), writing.mask, writing.states)

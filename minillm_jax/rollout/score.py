@@ -19,6 +19,20 @@ class Taught(Sequences):
     teacher_hidden: Array  # [B, N, Dp]
 
 
+@flax.struct.dataclass
+class Written(Sequences):
+    """Responses with the states of the model that wrote them, from its decoding."""
+
+    hidden: Array  # [B, N, E]
+
+
+def own_states(config: DecoderConfig, params: Params, sequences: Sequences, **options) -> jax.Array:
+    """`response_states` of the model that wrote `sequences`: those from then, or read now."""
+    if isinstance(sequences, Written):
+        return jnp.asarray(sequences.hidden)
+    return response_states(config, params, sequences, **options)
+
+
 def teacher_states(
     config: DecoderConfig, params: Params, sequences: Sequences, **options
 ) -> jax.Array:

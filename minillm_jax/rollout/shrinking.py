@@ -39,6 +39,7 @@ def generate_shrinking(
     pad_id: int,
     dtype: str | None = None,
     with_greedy: bool = False,
+    with_states: bool = False,
     limits: jax.Array | None = None,  # [B]
     most: int | None = None,
     ways: int = 1,
@@ -58,9 +59,9 @@ def generate_shrinking(
     until = slots - WORTH  # before this token it is worth while
     if until <= 0 and limits is None:
         given = {"pad_id": pad_id, "dtype": dtype, "with_greedy": with_greedy} | options
-        given["most"] = most
+        given |= {"most": most, "with_states": with_states}
         found = generate(config, params, prompt, prompt_mask, key, slots=slots, **given)
-        return Response(hosts.fetch(found.tokens), hosts.fetch(found.mask))
+        return jax.tree.map(hosts.fetch, found)
     kind = dtype or str(params["embed"]["tokens"].dtype)
     weights = _unstacked(config, params, kind)
     options |= {"pad_id": pad_id, "dtype": dtype}
@@ -72,16 +73,17 @@ def generate_shrinking(
     writing = _first(
         config, weights, prompt, prompt_mask, key, limits,
         slots=slots, with_greedy=with_greedy, leave_at=half(rows), until=until, most=most,
-        **options,
+        with_states=with_states, **options,
     )  # fmt: skip
-    tokens, mask = np.full((rows, slots), pad_id, np.int32), np.zeros((rows, slots), bool)
+    found = answers_of(writing, pad_id)
+    everything = jax.tree.map(lambda part: np.zeros(part.shape, part.dtype), found)
     place = np.arange(rows)  # of the rows of the batch among all
     while True:
-        found = answers_of(writing, pad_id)
-        tokens[place], mask[place] = hosts.fetch(found.tokens), hosts.fetch(found.mask)
+        for whole, part in zip(*map(jax.tree.leaves, (everything, found)), strict=True):
+            whole[place] = hosts.fetch(part)
         done = hosts.fetch(writing.done)
         if done.all() or int(hosts.fetch(writing.t)) == slots:
-            return Response(tokens, mask)
+            return everything
         size = len(done)
         while half(size) >= np.sum(~done):
             size = half(size)
@@ -92,6 +94,7 @@ def generate_shrinking(
             config, weights, _taken(writing, kept),
             leave_at=half(size), until=until, **options,
         )  # fmt: skip
+        found = answers_of(writing, pad_id)
 
 
 @decoding(static_argnames=("config", "dtype"))
@@ -99,13 +102,14 @@ def _unstacked(config: DecoderConfig, params: Params, dtype: str):
     return unstack(config, params, dtype)
 
 
-@decoding(static_argnames=(*_STATIC, "slots", "with_greedy", "most"))
+@decoding(static_argnames=(*_STATIC, "slots", "with_greedy", "with_states", "most"))
 def _first(
-    config, weights, prompt, prompt_mask, key, limits, *, slots, with_greedy, dtype, most, **options
-) -> Writing:
+    config, weights, prompt, prompt_mask, key, limits,
+    *, slots, with_greedy, with_states, dtype, most, **options,
+) -> Writing:  # fmt: skip
     start = begin(
         config, weights, prompt, prompt_mask, key, limits,
-        slots=slots, dtype=dtype, with_greedy=with_greedy, most=most,
+        slots=slots, dtype=dtype, with_greedy=with_greedy, with_states=with_states, most=most,
     )  # fmt: skip
     return go_on(config, weights, start, dtype=dtype, **options)
 

@@ -14,7 +14,7 @@ from minillm_jax.modelfiles import Model
 from minillm_jax.models.ragged import PROMPTS, room
 from minillm_jax.reporting.progress import Progress
 from minillm_jax.reporting.writers import RowLog, jsonable, read_rows, write_rows
-from minillm_jax.rollout import Warp, generate_shrinking
+from minillm_jax.rollout import Warp, Written, generate_shrinking
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.types import Sequences
@@ -31,43 +31,60 @@ def respond(
     seed: int,
     *,
     file: Path | None = None,
+    with_states: bool = False,
 ) -> Iterator[Answered]:
     """Let `model` answer prompts, in order, as many at a time as evaluation does.
 
     With `file` the answers are kept there, and those that are there already are read: the file is
-    that of this model, warp and seed.
+    that of this model, warp and seed. With `with_states` those written now are `Written`, where a
+    second reading of them would take time: on one CPU.
     """
-    for (found,), real in _respond(run, model, examples, warp, seed, file, ("ids",)):
+    options = file, ("ids",), with_states
+    for (found,), real in _respond(run, model, examples, warp, seed, *options):
         yield found, real
 
 
 def respond_twice(
-    run: Run, model: Model, examples: Sequence[Example], seed: int, *, file: Path | None = None
+    run: Run,
+    model: Model,
+    examples: Sequence[Example],
+    seed: int,
+    *,
+    file: Path | None = None,
+    with_states: bool = False,
 ) -> tuple[list[Answered], list[Answered]]:
-    """Let `model` answer prompts, sampled at temperature 1 and greedily, in one batch."""
+    """Let `model` answer prompts, sampled at temperature 1 and greedily, in one batch.
+
+    `file` and `with_states`, of the sampled answers, as for `respond`.
+    """
     sampled: list[Answered] = []
     greedy: list[Answered] = []
-    for both, real in _respond(run, model, examples, Warp(), seed, file, ("sampled", "greedy")):
+    options = file, ("sampled", "greedy"), with_states
+    for both, real in _respond(run, model, examples, Warp(), seed, *options):
         sampled.append((both[0], real))
         greedy.append((both[1], real))
     return sampled, greedy
 
 
 def _respond(
-    run, model, examples, warp, seed, file, names: tuple[str, ...]
+    run, model, examples, warp, seed, file, names: tuple[str, ...], with_states
 ) -> Iterator[tuple[list[Sequences], int]]:
     """Answers under one name, or under two sampled and greedy ones."""
     key = jax.random.key(seed)
+    states: dict[int, np.ndarray] = {}  # by batch, of those that are not read from the file
     batches = [
-        ((batch, real, jax.random.fold_in(key, index)), real)
+        ((batch, real, index), real)
         for index, (batch, real) in enumerate(run.build.data.ordered(examples))
     ]
 
     def work(here) -> list[dict[str, Any]]:
-        batch, real, key = here
+        batch, real, index = here
         width = len(batch.prompt)
         counted = np.arange(width) < real
-        both = answer(run, model, batch, counted, warp, key, with_greedy=len(names) > 1)
+        options = {"with_greedy": len(names) > 1, "with_states": with_states and run.build.ragged}
+        both = answer(run, model, batch, counted, warp, jax.random.fold_in(key, index), **options)
+        if isinstance(both, Written):
+            states[index] = np.asarray(both.hidden[:width])
         parts = [
             jax.tree.map(lambda x, first=k * width: x[first : first + width], both)
             for k in range(len(names))
@@ -75,9 +92,13 @@ def _respond(
         ids = (token_lists(part, real) for part in parts)
         return [dict(zip(names, row, strict=True)) for row in zip(*ids, strict=True)]
 
-    for ((batch, real, _), _), rows in zip(batches, in_batches(file, batches, work), strict=True):
+    for (asked, real), rows in zip(batches, in_batches(file, batches, work), strict=True):
         run.keep(every=PUSHED_EVERY)
-        yield [_filled(run, batch, [row[name] for row in rows]) for name in names], real
+        batch, _, index = asked
+        found = [_filled(run, batch, [row[name] for row in rows]) for name in names]
+        if index in states:
+            found[0] = Written(**vars(found[0]), hidden=states.pop(index))
+        yield found, real
 
 
 def _filled(run: Run, batch: Sequences, ids: Sequence[Sequence[int]]) -> Sequences:
@@ -91,20 +112,24 @@ def _filled(run: Run, batch: Sequences, ids: Sequence[Sequence[int]]) -> Sequenc
     return Sequences(batch.prompt, batch.prompt_mask, response, mask)
 
 
-def answer(run, model, batch, counted, warp, key, with_greedy=False) -> Sequences:
+def answer(
+    run, model, batch, counted, warp, key, with_greedy=False, with_states=False
+) -> Sequences:
     """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
     options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
     ids, real = place((batch.prompt, batch.prompt_mask), batch_sharding(run.build.mesh))
     most = room(batch.prompt, batch.prompt_mask, PROMPTS) if run.build.ragged else None
-    options |= {"with_greedy": with_greedy, "ways": run.build.ways, "most": most}
+    options |= {"with_greedy": with_greedy, "with_states": with_states}
+    options |= {"ways": run.build.ways, "most": most}
     found = generate_shrinking(model.config, model.params, ids, real, key, **options)
     times = 1 + with_greedy
-    return Sequences(
+    answers = Sequences(
         prompt=np.tile(batch.prompt, (times, 1)),
         prompt_mask=np.tile(batch.prompt_mask, (times, 1)),
         response=np.asarray(found.tokens),
         response_mask=np.asarray(found.mask) & np.tile(counted, times)[:, None],
     )
+    return answers if found.hidden is None else Written(**vars(answers), hidden=found.hidden)
 
 
 def token_lists(batch: Sequences, real: int) -> list[list[int]]:

@@ -138,15 +138,16 @@ def held_out(
         return keep / f"{name}-{test.name}-{decoding}-{seed}.jsonl" if keep else None
 
     first = kept(main, "both", build.seed)
-    sampled, best = respond_twice(run, model, main.examples, build.seed, file=first)
+    options = {"file": first, "with_states": compare}
+    sampled, best = respond_twice(run, model, main.examples, build.seed, **options)
     done(_tokens(best))
     samples, figures = [], []
     measured = measure(run, model, sampled, overlapping) if compare else None
     batches, rows = sampled, measured
     for number, seed in enumerate(seeds(run)):
         if number:
-            file = kept(main, "plain", seed)
-            batches = list(respond(run, model, main.examples, SAMPLED, seed, file=file))
+            options = {"file": kept(main, "plain", seed), "with_states": compare}
+            batches = list(respond(run, model, main.examples, SAMPLED, seed, **options))
             rows = measure(run, model, batches, overlapping) if compare else None
         one = scored(run, name, main, batches, seed)
         figures.append((distances(rows) if rows else {}) | one.figures)

@@ -55,10 +55,11 @@ def validation(run: Run, model: Model, wanted: Set[str], source: str = "") -> Sc
     scores: Scores = {}
     if "loss" in wanted:
         scores["loss"] = answer_loss(run, answered(run, "validation", source), model)
-    if wanted & {"rouge_l", "reverse_kl"}:
+    wanted_kl = "reverse_kl" in wanted
+    if wanted_kl or "rouge_l" in wanted:
         prompts = run.build.data.prompts("validation")
-        sampled = list(respond(run, model, prompts, SAMPLED, 0))
-        if "reverse_kl" in wanted:
+        sampled = list(respond(run, model, prompts, SAMPLED, 0, with_states=wanted_kl))
+        if wanted_kl:
             scores["reverse_kl"] = per_token(measure(run, model, sampled), "reverse_kl")[0]
         if "rouge_l" in wanted:
             texts = texts_of(run, sampled)
@@ -69,7 +70,8 @@ def validation(run: Run, model: Model, wanted: Set[str], source: str = "") -> Sc
 def measure(run: Run, model: Model, batches: Any, k: int = 0) -> dict[str, np.ndarray]:
     """Per-response sums of the divergences between `model` and the teacher on given responses.
 
-    With `k` those of the overlap with the teacher's k likeliest ids, too.
+    With `k` those of the overlap with the teacher's k likeliest ids, too. `Written` batches are
+    those that `model` wrote.
     """
     teacher, parts = run.build.teacher, []
     for batch, real in batches:

@@ -72,8 +72,7 @@ def train(
     """Train `start` and leave the model that is best on the validation set in `run.model(stage)`.
 
     Best by what the section's `keep` says, of the scores that `validate` returns. Initialisation,
-    in order: a checkpoint of this stage; else `start`. It ends once
-    `tokens` have been read.
+    in order: a checkpoint of this stage; else `start`. It ends once `tokens` have been read.
     """
     build = run.build
     schedule = build.schedule(section)
@@ -85,7 +84,9 @@ def train(
     # A CPU has one memory: a copy for the writer would be a second state in it.
     writing = {"keep": 2, "background": jax.default_backend() != "cpu"}
     with Checkpoints(run.checkpoints(stage), settings, **writing) as checkpoints:
-        buffer = _abstract_rollout(build, method, abstract, frozen, batches)
+        buffer = None
+        if checkpoints.latest_step() is not None:  # it is traced for its shapes, which takes time
+            buffer = _abstract_rollout(build, method, abstract, frozen, batches)
         restored = checkpoints.restore(abstract, buffer=buffer)
         keep = f"valid_{build.config[section].keep}"
         progress = _Stage(run, stage, start, validate, keep, checkpoints, section)

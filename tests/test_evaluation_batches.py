@@ -1,5 +1,8 @@
 """Batches of evaluation on several devices: their rows are split, and nothing else changes."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -71,10 +74,10 @@ def test_answers_with_their_states_are_not_read_again_by_their_model(tmp_path, m
         assert float(read["reverse_kl"].min()) > 0.01
         for name, value in read.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
-        states = [batch.hidden for batch, _ in written]
-        assert [x.shape for x in states] == [(2, 8, 32)] * 2
-        other = written[0][0].replace(hidden=states[0][::-1]), written[0][1]
-        wrong = measures.measure(run, student, [other])["reverse_kl"]
+        batches: list[Any] = [batch for batch, _ in written]
+        assert [batch.hidden.shape for batch in batches] == [(2, 8, 32)] * 2
+        other = replace(batches[0], hidden=batches[0].hidden[::-1])
+        wrong = measures.measure(run, student, [(other, 2)])["reverse_kl"]
         assert abs(wrong - read["reverse_kl"][:2]).max() > 0.01  # the states are what is used
 
 

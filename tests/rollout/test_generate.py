@@ -86,20 +86,17 @@ def test_states_are_those_of_the_full_forward(greedy, monkeypatch):
     prompt, mask = prompts(16, 5, VOCAB)
     mask = mask.at[3].set(False)  # a row that only fills the batch
     asked = {"warp": Warp(no_repeat_ngram=3), "key": 4, "with_greedy": greedy, "with_states": True}
-    found, (shrank, sizes) = (
-        answer(prompt, mask, **asked),
-        shrunk(prompt, mask, monkeypatch, **asked),
-    )
+    found = answer(prompt, mask, **asked)
+    shrank, sizes = shrunk(prompt, mask, monkeypatch, **asked)
     assert sizes and answer(prompt, mask).hidden is None
     twice = [jnp.concatenate([x, x]) if greedy else x for x in (prompt, mask)]
     for one in (found, shrank):
-        tokens, real = (
-            jnp.concatenate([twice[0], one.tokens], 1),
-            jnp.concatenate([twice[1], one.mask], 1),
-        )
+        tokens = jnp.concatenate([twice[0], one.tokens], 1)
+        real = jnp.concatenate([twice[1], one.mask], 1)
         full = hidden_states(CONFIG, PARAMS, tokens, real)[:, prompt.shape[1] - 1 : -1]
         expected = np.where(one.mask[..., None], full, 0)
         assert one.mask.sum() > 20
+        assert one.hidden is not None
         np.testing.assert_allclose(one.hidden, expected, atol=1e-5)
 
 

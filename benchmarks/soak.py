@@ -77,7 +77,7 @@ PHASES: dict[str, Place] = {
     "inner epoch 2": _step("distill", 7),
     "validation": (training._Stage, "evaluate", lambda self, at, _: at == 3),
     "checkpoint write": (checkpoint.Checkpoints, "wait", _writing),
-    "evaluation": (answers, "answer", lambda *_, with_greedy=False: with_greedy),
+    "evaluation": (answers, "answer", lambda *_, with_greedy=False, **__: with_greedy),
     "report": (pipeline, "write_report", lambda *_: True),
 }
 

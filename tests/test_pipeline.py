@@ -450,6 +450,7 @@ def test_a_run_told_to_end_saves_in_every_stage_and_goes_on_to_the_same_bytes(
         (training._Stage, "evaluate", 3, "distill, saved after update 2 of 4"),  # in the middle
         (training._Stage, "evaluate", 2, "distill, saved after update 4 of 4"),
         (evaluation, "held_out", 2, "evaluate, 0 of "),  # the first model is judged
+        (evaluation, "held_out", 3, "evaluate, 0 of "),  # and the first student
     )
     for place, name, number, says in points:
         with asked(place, name, number), pytest.raises(stopping.Stopped, match=says):

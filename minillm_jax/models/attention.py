@@ -3,6 +3,7 @@
 No parameters are here, and no cache: `decoder.py` projects, `cache.py` stores.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,11 @@ from minillm_jax.models.config import DecoderConfig
 # Finite, so that a row that may see no key gives a plain mean and not NaN, in its gradient too.
 _MASKED = -1e30
 
+# A cache of as many slots or more is read no further than a quarter, half, ... of it that is filled
+# (benchmarks/README.md, "Scaling"); of fewer, reading all costs less than compiling four of each.
+LONG = 512
+_QUARTERS = 4
+
 
 def attend(
     q: jax.Array,  # [B, K, G, T, h], query head k * G + g reads key-value head k
@@ -23,14 +29,21 @@ def attend(
     mask: jax.Array,  # [B, T, S] bool, True where the query may see the key
     scale: float,
     drop: Callable[[jax.Array], jax.Array] | None = None,
+    filled: jax.Array | None = None,
 ) -> jax.Array:
     """Return softmax(scale q k^T) v over the keys that `mask` allows, [B, K, G, T, h] like `q`.
 
-    `drop` is the dropout of the weights.
+    `drop` is the dropout of the weights. `filled` is a number of slots, beyond which `mask` allows
+    none: on a CPU those are not read, or not all of them.
 
     Heads lead time on both sides, so that each (batch, kv head) is one matrix product and grouped
     heads share their keys without a copy. The softmax is in float32 whatever the inputs are.
     """
+    slots = k.shape[2]
+    if filled is not None and slots >= LONG and platform() == "cpu":
+        sizes = [-(-slots * n // _QUARTERS) for n in range(1, _QUARTERS + 1)]
+        reads = [functools.partial(_attend_to, size, scale) for size in sizes]
+        return jax.lax.switch(jnp.sum(filled > jnp.array(sizes[:-1])), reads, q, k, v, mask)
     if q.shape[3] == 1 and platform() == "cpu":
         return _attend_by_sums(q, k, v, mask, scale, drop)
     groups, steps = q.shape[2:4]
@@ -41,6 +54,11 @@ def attend(
     weights = weights if drop is None else drop(weights)
     weights = weights.reshape(scores.shape[0], scores.shape[1], groups * steps, -1)
     return jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v).reshape(q.shape)
+
+
+def _attend_to(size, scale, q, k, v, mask) -> jax.Array:
+    """`attend` to the first `size` slots."""
+    return attend(q, k[:, :, :size], v[:, :, :size], mask[:, :, :size], scale)
 
 
 def _attend_by_sums(q, k, v, mask, scale, drop) -> jax.Array:

@@ -48,7 +48,6 @@ class DecodeParams:
 
     outer: Params  # everything but the layers
     layers: tuple[Params, ...]  # L
-    stacked: Params  # the layers as they came, where those of a chunk are scanned
 
 
 def init_cache(
@@ -74,7 +73,8 @@ def unstack(config: DecoderConfig, params: Params, dtype: DTypeLike | None = Non
     """
 
     def ready(path, x, names):
-        x = x if dtype is None else _cast(path, x, dtype)
+        if dtype is not None and path[-1].key in _CAST:
+            x = x.astype(dtype)
         names = (None if name == "embed" else name for name in names)
         return constrain(x, *names, units=config.axis_units)
 
@@ -83,12 +83,9 @@ def unstack(config: DecoderConfig, params: Params, dtype: DTypeLike | None = Non
     outer = {name: value for name, value in params.items() if name != "layers"}
     outer = jax.tree.map_with_path(ready, outer, axes)
     layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.layers))
-    layers = tuple(jax.tree.map_with_path(ready, layer, inner) for layer in layers)
-    return DecodeParams(outer, layers, params["layers"])
-
-
-def _cast(path: Any, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    return x.astype(dtype) if path[-1].key in _CAST else x
+    return DecodeParams(
+        outer, tuple(jax.tree.map_with_path(ready, layer, inner) for layer in layers)
+    )
 
 
 def _is_names(node: Any) -> bool:
@@ -104,6 +101,7 @@ def extend(
     *,
     advance: jax.Array | int | None = None,
     most: int | None = None,
+    stacked: Params | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, Cache]:
     """Return the hidden states [B, C, E] of the next C slots and the cache that holds them.
@@ -111,9 +109,11 @@ def extend(
     Each query sees the valid slots up to its own. The index moves by `advance` (C by default): a
     caller that pads a chunk passes the slots it means, and False in `mask` for the rest, which the
     next chunk overwrites. `index + C` must not exceed the slots: the write would be shifted.
-    `most` is that of `hidden_states`, and for the first chunk of a cache alone: what follows
-    depends on more than the tokens of its own chunk. With it the layers are scanned, for a program
-    of one layer is compiled sooner, and a chunk that is read once can spare the copies.
+
+    Two options are for the first chunk of a cache alone. `most` is that of `hidden_states`: what
+    follows depends on more than the tokens of its own chunk. With `stacked`, the layers as they
+    were before `unstack`, these are scanned: a program of one layer is compiled sooner than one of
+    all, and a chunk that is read once can spare the copies.
     """
     chunk = tokens.shape[1]
     valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.index))
@@ -132,8 +132,10 @@ def extend(
             tokens, positions = gather(tokens, real), gather(positions, real)
         x, angles = outer.apply({"params": params.outer}, tokens, positions, dtype, method="start")
     sight = seen, distance, real
-    through = _unrolled if most is None else _scanned
-    x, keys, values = through(config, params, x, angles, sight, cache)
+    if stacked is None:
+        x, keys, values = _unrolled(config, params.layers, x, angles, sight, cache)
+    else:
+        x, keys, values = _scanned(config, stacked, x, angles, sight, cache)
     hidden: Any = outer.apply({"params": params.outer}, x, method="finish")
     hidden = hidden if real is None else spread(hidden, real)
     return hidden, Cache(
@@ -145,14 +147,14 @@ def extend(
     )
 
 
-def _unrolled(config, params, x, angles, sight, cache):
+def _unrolled(config, layers, x, angles, sight, cache):
     """The output of the layers, one after another, and their keys and values."""
     seen, distance, real = sight
     by_window: dict[int | None, jax.Array] = {None: seen}
     for window in set(config.windows or ()) - {None}:
         by_window[window] = seen & (distance < window)
     block, keys, values = Block(config), [], []
-    for i, layer in enumerate(params.layers):
+    for i, layer in enumerate(layers):
         with jax.named_scope(f"layer_{i}"):
             window = None if config.windows is None else config.windows[i]
             slots = Slots(cache.keys[i], cache.values[i], cache.index)
@@ -163,19 +165,18 @@ def _unrolled(config, params, x, angles, sight, cache):
     return x, tuple(keys), tuple(values)
 
 
-def _scanned(config, params, x, angles, sight, cache):
+def _scanned(config, stacked, x, angles, sight, cache):
     """The same by a scan over the stacked layers, into an empty cache."""
-    block, dtype, chunk = Block(config), x.dtype, sight[0].shape[1]
+    block, chunk = Block(config), sight[0].shape[1]
 
     def body(x: Any, layer: Any) -> Any:
         weights, window = layer
-        weights = jax.tree.map_with_path(lambda path, w: _cast(path, w, dtype), weights)
         empty = Slots(jnp.zeros_like(cache.keys[0]), jnp.zeros_like(cache.values[0]), cache.index)
         out: Any = block.apply({"params": weights}, x, angles, sight, window, empty)
         x, slots = out
         return x, (slots.keys[:, :, :chunk], slots.values[:, :, :chunk])
 
-    x, (keys, values) = jax.lax.scan(body, x, (params.stacked, window_sizes(config)))
+    x, (keys, values) = jax.lax.scan(body, x, (stacked, window_sizes(config)))
     written = [
         Slots(cache.keys[i], cache.values[i], cache.index).write(keys[i], values[i])
         for i in range(config.layers)

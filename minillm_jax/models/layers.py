@@ -1,7 +1,7 @@
 """The layers of the decoder as Linen modules, each kernel with its logical axes beside it.
 
-`Block` is the one layer of training (scanned over stacked parameters) and of generation (unrolled
-over a cache). No mesh and no rule for the axis names is here.
+`Block` is the one layer of training (scanned over stacked parameters) and of generation (over a
+cache: unrolled, but for prompts on one CPU). No mesh and no rule for the axis names is here.
 """
 
 import functools
@@ -143,8 +143,11 @@ class Attention(nn.Module):
             if slots is not None:
                 slots = slots.write(k, v)
                 k, v = slots.keys.astype(q.dtype), slots.values.astype(q.dtype)
-            drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
-            y = attend(q, k, v, mask, scale, drop).transpose(0, 3, 1, 2, 4)
+                y = attend(q, k, v, mask, scale, filled=slots.index + mask.shape[1])
+            else:
+                drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
+                y = attend(q, k, v, mask, scale, drop)
+            y = y.transpose(0, 3, 1, 2, 4)
             y = y if real is None else gather(y, real)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
         stddev = _INIT_STDDEV / (2 * c.layers) ** 0.5
@@ -174,7 +177,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; `nn.scan` runs it over the stacked parameters, `cache.extend` layer by layer."""
+    """One layer; `nn.scan` runs it over the stacked parameters, `cache.extend` with a cache."""
 
     config: DecoderConfig
     param_dtype: DTypeLike = jnp.float32

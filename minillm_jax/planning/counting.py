@@ -39,6 +39,11 @@ class Work:
     group: int = 1  # devices that take part in it
 
 
+def _cost(run: list[Work]) -> tuple[float, float]:
+    """FLOPs and bytes of one branch, by which the dearest is found: it is the one that counts."""
+    return sum(w.times * w.flops for w in run), sum(w.times * w.bytes for w in run)
+
+
 @dataclass
 class Counter:
     """A compiled program for so many devices."""
@@ -77,7 +82,11 @@ class Counter:
                 yield Work(
                     i.where, times, flops, 0.0 if collectives else self._traffic(computation, i)
                 )
-            elif i.op in ("call", "conditional", "async-start"):
+            elif i.op == "conditional":
+                branches = [name for names in i.called.values() for name in names]
+                runs = [list(self._walk(name, times, assume, depth)) for name in branches]
+                yield from max(runs, key=_cost)
+            elif i.op in ("call", "async-start"):
                 for names in i.called.values():
                     for called in names:
                         yield from self._walk(called, times, assume, depth)

@@ -83,11 +83,13 @@ def generate(
     greedy answers to the same prompts, which are read once: one program, and a decoding step reads
     its weights once for both. `dtype` is that of arithmetic and cache, by default the parameters'.
     With `most`, at least the tokens of the prompts that `ragged.distinct` counts, no other is read.
+    With `with_states` the response has the hidden states that predicted its tokens.
     """
     weights = unstack(config, params, dtype or params["embed"]["tokens"].dtype)
     start = begin(
         config, weights, prompt, prompt_mask, key,
         slots=slots, dtype=dtype, with_greedy=with_greedy, with_states=with_states, most=most,
+        stacked=None if most is None else params["layers"],
     )  # fmt: skip
     end = go_on(
         config, weights, start, warp=warp, eos_id=eos_id, pad_id=pad_id, vocab=vocab, dtype=dtype
@@ -108,14 +110,19 @@ def begin(
     with_greedy: bool,
     with_states: bool = False,
     most: int | None = None,
+    stacked: Params | None = None,
 ) -> Writing:
-    """Read the prompts; the greedy rows, if any, are the second half."""
+    """Read the prompts; the greedy rows, if any, are the second half.
+
+    `most` and `stacked` are those of `extend`.
+    """
     rows, width = prompt.shape
     kind: Any = dtype or weights.outer["embed"]["tokens"].dtype
     uniforms = jax.random.uniform(key, (rows, slots))  # whatever rows fill the batch
     limits = jnp.full((rows,), slots, jnp.int32) if limits is None else limits
     cache = init_cache(config, rows, width + slots, kind)
-    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, most=most, dtype=kind)
+    read = {"most": most, "stacked": stacked, "dtype": kind}
+    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, **read)
     # Left padding is given ids of its own, so that it never completes an n-gram.
     history = jnp.where(prompt_mask, prompt, -1 - jnp.arange(width)[None])
     writing = Writing(

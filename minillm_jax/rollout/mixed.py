@@ -98,8 +98,12 @@ def collect(
     # The last chunk is written whole, however few of its tokens are real.
     p_cache = init_cache(teacher, rows, width + slots + chunk, teacher_dtype)
     with jax.named_scope("prefill"):
-        hidden, q_cache = read_q(prompt, prompt_mask, q_cache, most=most)
-        p_hidden, p_cache = read_p(prompt, prompt_mask, p_cache, most=most)
+        q_read, p_read = (
+            {"most": most, "stacked": None if most is None else one["layers"]}
+            for one in (params, teacher_params)
+        )
+        hidden, q_cache = read_q(prompt, prompt_mask, q_cache, **q_read)
+        p_hidden, p_cache = read_p(prompt, prompt_mask, p_cache, **p_read)
     states = jnp.zeros((rows, slots + chunk + 1, p_hidden.shape[-1]), p_hidden.dtype)
     states = states.at[:, 0].set(p_hidden[:, -1])
 

@@ -1,4 +1,4 @@
-"""Teacher-forced reading of given responses: the hidden states that predict their tokens."""
+"""The hidden states that predict the tokens of given responses: read now, or kept before."""
 
 from collections.abc import Sequence
 

@@ -52,7 +52,7 @@ def generate_shrinking(
 
     Args:
         limits: most tokens of each row, `slots` by default.
-        most: that of `generate`.
+        most, with_states: those of `generate`.
         ways: parts into which the rows are split over the devices; a batch stays a multiple of it.
         options: the others of `generate`.
     """
@@ -70,8 +70,9 @@ def generate_shrinking(
         return rows // 2 if rows % (2 * ways) == 0 else 0
 
     rows = len(prompt) * (1 + with_greedy)
+    stacked = None if most is None else params["layers"]
     writing = _first(
-        config, weights, prompt, prompt_mask, key, limits,
+        config, weights, stacked, prompt, prompt_mask, key, limits,
         slots=slots, with_greedy=with_greedy, leave_at=half(rows), until=until, most=most,
         with_states=with_states, **options,
     )  # fmt: skip
@@ -104,12 +105,13 @@ def _unstacked(config: DecoderConfig, params: Params, dtype: str):
 
 @decoding(static_argnames=(*_STATIC, "slots", "with_greedy", "with_states", "most"))
 def _first(
-    config, weights, prompt, prompt_mask, key, limits,
+    config, weights, stacked, prompt, prompt_mask, key, limits,
     *, slots, with_greedy, with_states, dtype, most, **options,
 ) -> Writing:  # fmt: skip
     start = begin(
         config, weights, prompt, prompt_mask, key, limits,
         slots=slots, dtype=dtype, with_greedy=with_greedy, with_states=with_states, most=most,
+        stacked=stacked,
     )  # fmt: skip
     return go_on(config, weights, start, dtype=dtype, **options)
 

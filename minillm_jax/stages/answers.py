@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,21 @@ from minillm_jax.stages import Outcome, Run
 from minillm_jax.types import Sequences
 
 Answered = tuple[Sequences, int]  # a batch, and how many of its rows are real
+Measure = Callable[[Sequences, int], dict[str, np.ndarray]]  # figures of those rows, [R] or [R, N]
+_MEASURED = "measured"  # in a row of a file of answers
 PUSHED_EVERY = 30.0  # seconds between two uploads of answers, where the run is in a bucket
+
+
+class Answers(NamedTuple):
+    """Sampled answers batch by batch, greedy ones to the same prompts, and figures of the former.
+
+    `greedy` is empty where none were asked for; `measured` {name: [R] or, per token, [R, N]} is
+    None then.
+    """
+
+    sampled: list[Answered]
+    greedy: list[Answered]
+    measured: dict[str, np.ndarray] | None
 
 
 def respond(
@@ -31,74 +45,94 @@ def respond(
     seed: int,
     *,
     file: Path | None = None,
-    with_states: bool = False,
 ) -> Iterator[Answered]:
     """Let `model` answer prompts, in order, as many at a time as evaluation does.
 
     With `file` the answers are kept there, and those that are there already are read: the file is
-    that of this model, warp and seed. With `with_states` those written now are `Written`, where a
-    second reading of them would take time: on one CPU.
+    that of this model, warp and seed.
     """
-    options = file, ("ids",), with_states
-    for (found,), real in _respond(run, model, examples, warp, seed, *options):
+    for (found,), real, _ in _respond(run, model, examples, warp, seed, file, ("ids",)):
         yield found, real
 
 
-def respond_twice(
+def sample(
     run: Run,
     model: Model,
     examples: Sequence[Example],
     seed: int,
     *,
+    greedy: bool = False,
+    measure: Measure | None = None,
     file: Path | None = None,
-    with_states: bool = False,
-) -> tuple[list[Answered], list[Answered]]:
-    """Let `model` answer prompts, sampled at temperature 1 and greedily, in one batch.
+) -> Answers:
+    """Let `model` answer prompts at temperature 1; with `greedy` the best tokens, too, in one go.
 
-    `file` and `with_states`, of the sampled answers, as for `respond`.
+    `measure` says something of the sampled answers of `model`, which it gets as `Written` where it
+    would take time to read them again; what it says is kept in `file` (as for `respond`) with
+    them, so that an evaluation that was stopped ends with the same figures.
     """
-    sampled: list[Answered] = []
-    greedy: list[Answered] = []
-    options = file, ("sampled", "greedy"), with_states
-    for both, real in _respond(run, model, examples, Warp(), seed, *options):
-        sampled.append((both[0], real))
-        greedy.append((both[1], real))
-    return sampled, greedy
+    names = ("sampled", "greedy") if greedy else ("ids",)
+    found = list(_respond(run, model, examples, Warp(), seed, file, names, measure))
+    by_name = [[(batches[i], real) for batches, real, _ in found] for i in range(len(names))]
+    measured = None
+    if measure:
+        parts = [figures for *_, figures in found]
+        measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Answers(by_name[0], by_name[1] if greedy else [], measured)
 
 
 def _respond(
-    run, model, examples, warp, seed, file, names: tuple[str, ...], with_states
-) -> Iterator[tuple[list[Sequences], int]]:
-    """Answers under one name, or under two sampled and greedy ones."""
+    run, model, examples, warp, seed, file, names: tuple[str, ...], measure=None
+) -> Iterator[tuple[list[Sequences], int, dict[str, np.ndarray]]]:
+    """Answers under one name, or under two sampled and greedy ones, and figures of the first."""
     key = jax.random.key(seed)
-    states: dict[int, np.ndarray] = {}  # by batch, of those that are not read from the file
     batches = [
-        ((batch, real, index), real)
+        ((batch, real, jax.random.fold_in(key, index)), real)
         for index, (batch, real) in enumerate(run.build.data.ordered(examples))
     ]
+    # In bfloat16 the states of decoding are not rounded as those of a second reading.
+    states = measure and run.build.ragged and run.build.arithmetic(model) == "float32"
+    options = {"with_greedy": len(names) > 1, "with_states": bool(states)}
 
     def work(here) -> list[dict[str, Any]]:
-        batch, real, index = here
+        batch, real, key = here
         width = len(batch.prompt)
         counted = np.arange(width) < real
-        options = {"with_greedy": len(names) > 1, "with_states": with_states and run.build.ragged}
-        both = answer(run, model, batch, counted, warp, jax.random.fold_in(key, index), **options)
-        if isinstance(both, Written):
-            states[index] = np.asarray(both.hidden[:width])
+        both = answer(run, model, batch, counted, warp, key, **options)
         parts = [
             jax.tree.map(lambda x, first=k * width: x[first : first + width], both)
             for k in range(len(names))
         ]
-        ids = (token_lists(part, real) for part in parts)
-        return [dict(zip(names, row, strict=True)) for row in zip(*ids, strict=True)]
+        ids = [token_lists(part, real) for part in parts]
+        rows: list[Any] = [dict(zip(names, row, strict=True)) for row in zip(*ids, strict=True)]
+        if measure:
+            found = measure(parts[0], real)
+            for i, row in enumerate(rows):
+                row[_MEASURED] = {
+                    name: x[i, : len(ids[0][i])] if x.ndim > 1 else x[i]
+                    for name, x in found.items()
+                }
+        return rows
 
-    for (asked, real), rows in zip(batches, in_batches(file, batches, work), strict=True):
+    for ((batch, real, _), _), rows in zip(batches, in_batches(file, batches, work), strict=True):
         run.keep(every=PUSHED_EVERY)
-        batch, _, index = asked
         found = [_filled(run, batch, [row[name] for row in rows]) for name in names]
-        if index in states:
-            found[0] = Written(**vars(found[0]), hidden=states.pop(index))
-        yield found, real
+        figures = {}
+        if measure and all(_MEASURED in row for row in rows):
+            figures = _stacked([row[_MEASURED] for row in rows], found[0].response.shape[1])
+        elif measure:  # a file of an earlier version
+            figures = measure(found[0], real)
+        yield found, real, figures
+
+
+def _stacked(rows: list[dict[str, Any]], slots: int) -> dict[str, np.ndarray]:
+    """The figures of rows, those per token with zeros behind an answer."""
+
+    def padded(value: Any) -> np.ndarray:
+        one = np.asarray(value, np.float64)  # None is no number
+        return np.pad(one, (0, slots - len(one))) if one.ndim else one
+
+    return {name: np.stack([padded(row[name]) for row in rows]) for name in rows[0]}
 
 
 def _filled(run: Run, batch: Sequences, ids: Sequence[Sequence[int]]) -> Sequences:
@@ -115,7 +149,10 @@ def _filled(run: Run, batch: Sequences, ids: Sequence[Sequence[int]]) -> Sequenc
 def answer(
     run, model, batch, counted, warp, key, with_greedy=False, with_states=False
 ) -> Sequences:
-    """The answers of a batch; of rows that are not `counted` [B] the mask stays empty."""
+    """The answers of a batch; of rows that are not `counted` [B] the mask stays empty.
+
+    `Written`, with their states, if so asked.
+    """
     options = run.build.generation(warp) | {"dtype": run.build.arithmetic(model)}
     ids, real = place((batch.prompt, batch.prompt_mask), batch_sharding(run.build.mesh))
     most = room(batch.prompt, batch.prompt_mask, PROMPTS) if run.build.ragged else None

@@ -14,9 +14,9 @@ from minillm_jax.evaluation import calibration, divergence, exposure
 from minillm_jax.modelfiles import Model
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Run
-from minillm_jax.stages.answers import Answered, respond
+from minillm_jax.stages.answers import Answered, Answers, Measure, sample
 from minillm_jax.stages.held_out import SEEDS_APART, TestSet
-from minillm_jax.stages.measures import SAMPLED, measure
+from minillm_jax.stages.measures import measure, measuring
 
 Samples = Sequence[Sequence[Answered]]  # by sample, the batches of all prompts
 Measured = dict[str, np.ndarray]
@@ -29,21 +29,21 @@ class ExposureBias:
         """`keep` is a folder where the teacher's answers are, or are left for another time."""
         self._run, self._test, self._keep = run, test, keep
 
-    def _answers(self, model: Model, first: int = 0, keep: Path | None = None) -> Samples:
+    def _answers(
+        self, model: Model, first: int = 0, keep: Path | None = None, measure: Measure | None = None
+    ) -> list[Answers]:
         """The `first` and further answers of a model to every prompt, without any ban."""
         run, found = self._run, []
         for number in range(first, run.build.config.evaluate.exposure_samples):
             file = keep / f"exposure-{number}.jsonl" if keep else None
             seed = run.build.seed + SEEDS_APART * number
-            found.append(list(respond(run, model, self._test.examples, SAMPLED, seed, file=file)))
+            asked = run, model, self._test.examples, seed
+            found.append(sample(*asked, file=file, measure=measure))
         return found
 
     @functools.cached_property
     def _given(self) -> Samples:
-        return self._answers(self._run.build.teacher, keep=self._keep)
-
-    def _measured(self, model: Model, samples: Samples) -> list[Measured]:
-        return [measure(self._run, model, batches) for batches in samples]
+        return [one.sampled for one in self._answers(self._run.build.teacher, keep=self._keep)]
 
     def curve(
         self, model: Model, sampled: Sequence[Answered], measured: Measured
@@ -53,9 +53,11 @@ class ExposureBias:
         `sampled` and `measured` are its answers with the first seed and what `measure` says of
         them: the first of its samples here.
         """
-        more = self._answers(model, first=1)
-        own = _forward_kl([sampled, *more], [measured, *self._measured(model, more)])
-        given = _forward_kl(self._given, self._measured(model, self._given))
+        more = self._answers(model, first=1, measure=measuring(self._run, model))
+        theirs = [sampled, *(one.sampled for one in more)]
+        own = _forward_kl(theirs, [measured, *(one.measured or {} for one in more)])
+        read = [measure(self._run, model, batches) for batches in self._given]
+        given = _forward_kl(self._given, read)
         return exposure.curve(own, given, self._run.build.seed)
 
 

@@ -25,10 +25,10 @@ from minillm_jax.stages.answers import (
     answered,
     references,
     respond,
-    respond_twice,
+    sample,
     token_lists,
 )
-from minillm_jax.stages.measures import SAMPLED, answer_loss, measure
+from minillm_jax.stages.measures import SAMPLED, answer_loss, measuring
 
 MAIN = "test"  # the name of `config.data.test` among the test sets
 SEEDS_APART = 10  # as in the paper, whose seeds are 10, 20, 30, 40, 50
@@ -137,18 +137,18 @@ def held_out(
     def kept(test: TestSet, decoding: str, seed: int) -> Path | None:
         return keep / f"{name}-{test.name}-{decoding}-{seed}.jsonl" if keep else None
 
-    first = kept(main, "both", build.seed)
-    options = {"file": first, "with_states": compare}
-    sampled, best = respond_twice(run, model, main.examples, build.seed, **options)
+    asked = run, model, main.examples
+    told = measuring(run, model, overlapping) if compare else None
+    file = kept(main, "both", build.seed)
+    sampled, best, measured = sample(*asked, build.seed, file=file, measure=told, greedy=True)
     done(_tokens(best))
     samples, figures = [], []
-    measured = measure(run, model, sampled, overlapping) if compare else None
     batches, rows = sampled, measured
     for number, seed in enumerate(seeds(run)):
         if number:
-            options = {"file": kept(main, "plain", seed), "with_states": compare}
-            batches = list(respond(run, model, main.examples, SAMPLED, seed, **options))
-            rows = measure(run, model, batches, overlapping) if compare else None
+            file = kept(main, "plain", seed)
+            more = sample(*asked, seed, file=file, measure=told)
+            batches, rows = more.sampled, more.measured
         one = scored(run, name, main, batches, seed)
         figures.append((distances(rows) if rows else {}) | one.figures)
         samples.append(one)

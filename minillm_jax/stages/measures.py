@@ -15,7 +15,7 @@ from minillm_jax.models.ragged import SCORING
 from minillm_jax.rollout import Warp, most_tokens
 from minillm_jax.sharding import batch_sharding, place
 from minillm_jax.stages import Run
-from minillm_jax.stages.answers import answered, references, respond, texts_of
+from minillm_jax.stages.answers import Measure, answered, references, sample, texts_of
 from minillm_jax.types import Sequences
 
 SAMPLED = Warp()
@@ -58,11 +58,11 @@ def validation(run: Run, model: Model, wanted: Set[str], source: str = "") -> Sc
     wanted_kl = "reverse_kl" in wanted
     if wanted_kl or "rouge_l" in wanted:
         prompts = run.build.data.prompts("validation")
-        sampled = list(respond(run, model, prompts, SAMPLED, 0, with_states=wanted_kl))
-        if wanted_kl:
-            scores["reverse_kl"] = per_token(measure(run, model, sampled), "reverse_kl")[0]
+        found = sample(run, model, prompts, 0, measure=measuring(run, model) if wanted_kl else None)
+        if found.measured:
+            scores["reverse_kl"] = per_token(found.measured, "reverse_kl")[0]
         if "rouge_l" in wanted:
-            texts = texts_of(run, sampled)
+            texts = texts_of(run, found.sampled)
             scores["rouge_l"] = mean_rouge_l(texts, references(run, "validation", source))
     return scores
 
@@ -70,11 +70,17 @@ def validation(run: Run, model: Model, wanted: Set[str], source: str = "") -> Sc
 def measure(run: Run, model: Model, batches: Any, k: int = 0) -> dict[str, np.ndarray]:
     """Per-response sums of the divergences between `model` and the teacher on given responses.
 
-    With `k` those of the overlap with the teacher's k likeliest ids, too. `Written` batches are
-    those that `model` wrote.
+    With `k` those of the overlap with the teacher's k likeliest ids, too.
     """
-    teacher, parts = run.build.teacher, []
-    for batch, real in batches:
+    one = measuring(run, model, k)
+    return stack([one(batch, real) for batch, real in batches])
+
+
+def measuring(run: Run, model: Model, k: int = 0) -> Measure:
+    """`measure` for one batch after another; `Written` ones are those that `model` wrote."""
+    teacher = run.build.teacher
+
+    def one(batch: Sequences, real: int) -> dict[str, np.ndarray]:
         found = divergence.sums(
             model.config,
             teacher.config,
@@ -86,5 +92,6 @@ def measure(run: Run, model: Model, batches: Any, k: int = 0) -> dict[str, np.nd
             k,
             most_tokens(batch, SCORING) if run.build.ragged else None,
         )
-        parts.append({name: hosts.fetch(value)[:real] for name, value in found.items()})
-    return stack(parts)
+        return {name: hosts.fetch(value)[:real] for name, value in found.items()}
+
+    return one

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_decoders import CONFIGS, LLAMA, params_of, tokens_of
 
-from minillm_jax.models import extend, hidden_states, init_cache, unstack
+from minillm_jax.models import attention, extend, hidden_states, init_cache, unstack
 
 ATOL = 3e-6  # float32, three layers of width 16
 MASK = jnp.array(  # left padding, then none, then a row that ends early, then no token at all
@@ -57,15 +57,49 @@ def test_chunks_and_single_steps_equal_the_full_forward(name):
     np.testing.assert_array_equal(cache.valid, jnp.pad(MASK, ((0, 0), (0, 2))))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neo", "opt_350m"])
-def test_a_first_chunk_without_padding_is_the_same(name):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_first_chunk_without_padding_is_the_same_scanned_or_not(name):
     config, tokens, full, step = case(name)
-    first, cache = extend(
-        config, unstack(config, params_of(config)), tokens[:, :6], MASK[:, :6],
-        init_cache(config, 4, 12), most=int(MASK[:, :6].sum()),
-    )  # fmt: skip
-    rest, _ = step(tokens[:, 6:], MASK[:, 6:], cache, 4)
-    check(jnp.concatenate([first, rest], 1), full)
+    params, most = params_of(config), int(MASK[:, :6].sum())
+    for stacked in (None, params["layers"]):
+        first, cache = extend(
+            config, unstack(config, params), tokens[:, :6], MASK[:, :6],
+            init_cache(config, 4, 12), most=most, stacked=stacked,
+        )  # fmt: skip
+        rest, _ = step(tokens[:, 6:], MASK[:, 6:], cache, 4)
+        check(jnp.concatenate([first, rest], 1), full)
+
+
+def test_scanned_layers_are_those_of_a_lower_precision():
+    config, tokens, _, _ = case("llama")
+    params, both = params_of(config), []
+    layers, cache = unstack(config, params, jnp.bfloat16), init_cache(config, 4, 12, jnp.bfloat16)
+    for stacked in (None, params["layers"]):
+        found = extend(config, layers, tokens, MASK, cache, stacked=stacked, dtype=jnp.bfloat16)
+        assert {x.dtype for x in (found[0], *found[1].keys)} == {jnp.dtype(jnp.bfloat16)}
+        both.append(np.asarray(found[0], np.float32)[MASK])
+    np.testing.assert_allclose(*both, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "gpt2"])
+def test_a_long_cache_is_read_as_far_as_it_is_filled(name, monkeypatch):
+    config, tokens, full, _ = case(name)
+    monkeypatch.setattr(attention, "LONG", 12)
+    reads, switch = [], jax.lax.switch
+
+    def spy(which, branches, *operands):
+        reads.append((int(which), [part.args[0] for part in branches]))
+        return switch(which, branches, *operands)
+
+    monkeypatch.setattr(jax.lax, "switch", spy)
+    layers, cache, states = unstack(config, params_of(config)), init_cache(config, 4, 12), []
+    for start, end in ((0, 2), (2, 5), (5, 6), (6, 7), (7, 10)):
+        chunk = slice(start, end)
+        hidden, cache = extend(config, layers, tokens[:, chunk], MASK[:, chunk], cache)
+        states.append(hidden)
+    check(jnp.concatenate(states, 1), full)
+    assert {tuple(sizes) for _, sizes in reads} == {(3, 6, 9, 12)}
+    assert [which for which, _ in reads[:: config.layers]] == [0, 1, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neo", "opt_350m"])
@@ -81,8 +115,10 @@ def test_a_padded_chunk_is_overwritten_by_the_next(name):
     assert cache.index == 10
 
 
-def test_a_loop_carries_the_cache_without_a_copy():
+@pytest.mark.parametrize("long", [10**9, 12])
+def test_a_loop_carries_the_cache_without_a_copy(long, monkeypatch):
     """The compiled loop body holds one in-place update per cached array and copies none of them."""
+    monkeypatch.setattr(attention, "LONG", long)
     config = dataclasses.replace(LLAMA, layers=2)
     params = params_of(config)
 

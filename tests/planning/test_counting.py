@@ -52,6 +52,16 @@ def test_loops_within_loops_multiply():
     assert program.unknown == []
 
 
+def test_of_branches_the_dearest_counts():
+    def either(x, w):
+        dear = lambda x: jnp.tanh(x @ w[0] @ w[1])  # noqa: E731
+        return jax.lax.switch(x.sum().astype(int), [jnp.tanh, dear, lambda x: x @ w[2]], x)
+
+    program = compiled(either, X, W)
+    assert " conditional(" in program.as_text()
+    assert total(counter(program.as_text()).work(), "flops") == 2 * 2 * ROWS * WIDTH**2
+
+
 def test_a_loop_that_depends_on_data_takes_what_is_assumed():
     def until(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ w, x)

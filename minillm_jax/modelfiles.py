@@ -83,6 +83,11 @@ def model_path(spec: str) -> Path:
     for part in ("stages/distill/model", "stages/student_sft/model", "model"):
         if (path / part).is_dir():
             return path / part
+    if path.parent.name == "checkpoints" and (path / "state").is_dir():
+        stage = path.parent.parent
+        raise InputError(
+            f"{spec} is a checkpoint of training; its stage's model is {stage / 'model'}"
+        )
     if (path / "metrics.jsonl").is_file():
         raise InputError(f"{spec} is a work directory without a student yet: run student_sft first")
     return path

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from minillm_jax import hosts, memory, record, stopping
+from minillm_jax import hosts, memory, recipe, record, stopping
 from minillm_jax.bucket import Bucket
 from minillm_jax.build import Builder
 from minillm_jax.geometry import geometry
@@ -276,7 +276,7 @@ def describe(config: Any, workdir: Path, names: Sequence[str] | None = None) -> 
         ]
         listed = left_out + listed
     return {
-        "config": json.loads(json.dumps(config.to_dict())),
+        "config": json.loads(json.dumps(recipe.in_full(build.config))),
         "workdir": str(workdir),
         "stages": listed,
         "geometry": geometry(build, (s.section for s in stages.values() if s.section)),

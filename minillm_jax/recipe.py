@@ -174,6 +174,15 @@ def policy(section: Mapping[str, Any]) -> Policy:
     return replace(PRESETS[section["estimator"]], **given)
 
 
+def in_full(config: Any) -> dict[str, Any]:
+    """The settings with what the method and the estimator's preset say where a config is silent."""
+    found = config.to_dict()
+    if outline(config).policy_gradient:
+        used = policy(found["distill"])
+        found["distill"] |= {name: getattr(used, name) for name in _SWITCHES}
+    return found
+
+
 def judge(name: str, section: Mapping[str, Any], ways: int):
     """Look at a section before anything is loaded, and not when its stage begins.
 

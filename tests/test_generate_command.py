@@ -231,3 +231,14 @@ def test_folders_that_hold_no_model(tmp_path, monkeypatch, capsys):
         assert command(monkeypatch, "generate", f"--model={tmp_path}", "--prompt=x") == 2
         err = capsys.readouterr().err
         assert says in err and str(tmp_path) in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_of_training_says_where_the_model_is(tmp_path, monkeypatch, capsys):
+    step = tmp_path / "stages/distill/checkpoints/20"
+    (step / "state").mkdir(parents=True)
+    assert command(monkeypatch, "generate", f"--model={step}", "--prompt=x") == 2
+    err = capsys.readouterr().err
+    says = (
+        f"{step} is a checkpoint of training; its stage's model is {tmp_path}/stages/distill/model"
+    )
+    assert says in err and err.count("\n") == 1

@@ -584,6 +584,8 @@ def test_a_dry_run_describes_and_touches_nothing(copy, tmp_path, monkeypatch):
         {"stage": "evaluate", "state": "to do"},
     ]
     assert found["config"]["student"]["keep_layers"] == [0]
+    assert found["config"]["distill"]["length_norm"] is True  # of the estimator's preset
+    assert found["config"]["distill"]["cliprange"] == 0.2
     assert found["geometry"]["prompts"] == {"train": 8, "validation": 2, "test": 2}
     assert found["geometry"]["distill"] == {
         "rollouts": 8, "batch": 8, "micro_batches": 1, "inner_epochs": 3,

@@ -66,6 +66,11 @@ class Rate:
         return self.value
 
     @property
+    def settled(self) -> bool:
+        """Whether there is an interval without compilation to tell the rest by."""
+        return self._updates > 1
+
+    @property
     def value(self) -> float:
         """Amount per second; NaN before the first update."""
         seconds = sum(seconds for _, seconds in self._intervals)

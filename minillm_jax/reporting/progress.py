@@ -120,7 +120,7 @@ class Progress:
 
     def line(self) -> str:
         """The present state as text."""
-        per_second = self._steps.value
+        per_second = self._steps.value if self._steps.settled else math.nan
         left = (self._total - self._step) / per_second if per_second > 0 else math.nan
         return live_line(
             self._stage,

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from minillm_jax.models import DecoderConfig, extend, head, init_cache, logits, unstack
+from minillm_jax.objectives.policy import log_mixture
 from minillm_jax.rollout.compiled import decoding
 from minillm_jax.rollout.warp import draw
 from minillm_jax.types import Params, Sequences
@@ -168,7 +169,7 @@ def collect(
     )
     tokens, states = tokens[:, :slots], states[:, :slots]
     log_p = jnp.where(mask, _label_log_probs(p_head, states, tokens, t, vocab), 0.0)
-    log_mix = jnp.where(mask, _log_mixture(log_q, log_p, mixing.alpha), 0.0)
+    log_mix = jnp.where(mask, log_mixture(log_q, log_p, mixing.alpha), 0.0)
     return Rollout(
         prompt=prompt,
         prompt_mask=prompt_mask,
@@ -179,13 +180,6 @@ def collect(
         log_mix=log_mix,
         teacher_hidden=jnp.where(mask[..., None], states, 0),
     )
-
-
-def _log_mixture(log_q: jax.Array, log_p: jax.Array, alpha: float) -> jax.Array:
-    """log((1 - alpha) q + alpha p), exact at alpha 0 and 1."""
-    if alpha in (0.0, 1.0):
-        return log_p if alpha else log_q
-    return jnp.logaddexp(jnp.log1p(-alpha) + log_q, jnp.log(alpha) + log_p)
 
 
 def _label_log_probs(top, states, tokens, length, vocab) -> jax.Array:

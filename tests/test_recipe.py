@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from configs.quickstart import get_config
 from minillm_jax import recipe
+from minillm_jax.methods import registry
 from minillm_jax.recipe import Outline, micro_batches, schedule, windows
 from minillm_jax.stages.plan import plan
 from minillm_jax.types import InputError
@@ -111,3 +113,15 @@ def test_a_stage_is_skipped_where_its_model_is_given():
         "teacher_sft": "config.teacher.fine_tuned=/t",
         "student_sft": "config.student.fine_tuned=/s",
     }
+
+
+def test_settings_in_full_are_those_that_run():
+    found = {}
+    for name in ("minillm", "gkd", "minillm_no_mixing"):
+        config = get_config()
+        config.method = name
+        found[name] = recipe.in_full(registry.resolved(config))["distill"]
+    assert found["gkd"]["on_policy"] == 0.5
+    assert (found["minillm"]["alpha"], found["minillm_no_mixing"]["alpha"]) == (0.2, 0)
+    # Of the estimator's preset, where the config is silent, and of the config, where it is not.
+    assert (found["minillm"]["length_norm"], found["minillm"]["gamma"]) == (True, 1.0)

@@ -166,7 +166,7 @@ def _unrolled(config, layers, x, angles, sight, cache):
 
 
 def _scanned(config, stacked, x, angles, sight, cache):
-    """The same by a scan over the stacked layers, into an empty cache."""
+    """The same by a scan over the stacked layers; `cache` is empty, this is its first chunk."""
     block, chunk = Block(config), sight[0].shape[1]
 
     def body(x: Any, layer: Any) -> Any:

@@ -28,8 +28,8 @@ PUSHED_EVERY = 30.0  # seconds between two uploads of answers, where the run is 
 class Answers(NamedTuple):
     """Sampled answers batch by batch, greedy ones to the same prompts, and figures of the former.
 
-    `greedy` is empty where none were asked for; `measured` {name: [R] or, per token, [R, N]} is
-    None then.
+    Where they were not asked for `greedy` is empty and `measured` {name: [R] or, per token, [R, N]}
+    None.
     """
 
     sampled: list[Answered]

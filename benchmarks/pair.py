@@ -137,8 +137,10 @@ def like(quantiles: tuple[int, ...], rows: int, longest: int) -> np.ndarray:
     return np.minimum(found.round().astype(np.int32), longest)
 
 
-def prompts(rows: int, width: int, vocab: int) -> Sequences:
-    """Made-up prompts [rows, width] without padding, and empty responses."""
+def prompts(rows: int, width: int, vocab: int, like_dolly: bool = False) -> Sequences:
+    """Made-up prompts [rows, width], padded on the left if they are as long as dolly's."""
     tokens = jax.random.randint(jax.random.key(1), (rows, width), 0, vocab)
+    lengths = like(DOLLY_PROMPTS, rows, width) if like_dolly else np.full(rows, width)
+    mask = jnp.arange(width)[None] >= width - lengths[:, None]
     empty = jnp.zeros((rows, 0), jnp.int32)
-    return Sequences(tokens, jnp.ones_like(tokens, bool), empty, empty.astype(bool))
+    return Sequences(jnp.where(mask, tokens, 0), mask, empty, empty.astype(bool))

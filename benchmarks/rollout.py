@@ -10,7 +10,8 @@ schedule of the reference, and what rows cost that end early.
 2. The price of teacher-mixed sampling at alpha = 0.2: (mixed - student alone) / teacher alone.
 3. A collection against the schedule of the reference in the same code: mixed sampling with a step
    of the teacher at every token, a second generation by the student, and six passes that score the
-   result, three by each model.
+   result, three by each model. The prompts are as long as those of dolly, and the reference reads
+   all `--longest_prompt` slots of them, as it pads every batch to its maximum.
 4. Answers as long as those of dolly, up to `--longest` tokens, by `generate_shrinking` against the
    same loop for as many rows that all fill their slots.
 
@@ -27,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import pair as models
-from benchmarks.timing import bandwidth, in_turn, machine, matmul_rate, ratio
+from benchmarks.timing import bandwidth, in_turn, machine, matmul_rate, on_cpu, ratio
 from minillm_jax.models import DecoderConfig, head
+from minillm_jax.models.ragged import PROMPTS, room
 from minillm_jax.objectives import vocab
 from minillm_jax.reporting.writers import write_json
 from minillm_jax.rollout import (
@@ -51,6 +53,9 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,32", help="batch sizes of decoding")
     parser.add_argument("--batch", type=int, default=32, help="responses of the other parts")
     parser.add_argument("--longest", type=int, default=256, help="slots of answers that end early")
+    parser.add_argument(
+        "--longest_prompt", type=int, default=256, help="slots of the prompts of a collection"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
     asked = parser.parse_args()
     parts = asked.parts.split(",")
@@ -91,10 +96,12 @@ def steps(pair: models.Pair, asked: argparse.Namespace) -> dict:
     return {"matmul_flops_per_s": rate, "bytes_per_s": bytes_per_s, "steps": found}
 
 
-def _sampler(config: DecoderConfig, params, given, slots: int, pair: models.Pair, dtype: str):
+def _sampler(
+    config: DecoderConfig, params, given, slots: int, pair: models.Pair, dtype: str, most=None
+):
     """A call that samples `slots` tokens for every prompt, from one model."""
     options: dict[str, Any] = {"warp": Warp(), "eos_id": pair.vocab, "pad_id": 0}
-    options |= {"vocab": pair.vocab, "dtype": dtype}
+    options |= {"vocab": pair.vocab, "dtype": dtype, "most": most}
     key = jax.random.key(2)
     return lambda: generate(
         config, params, given.prompt, given.prompt_mask, key, slots=slots, **options
@@ -128,36 +135,35 @@ def step_bound(config, params, rows: int, asked, rate: float, bytes_per_s: float
 
 def collection(pair: models.Pair, asked: argparse.Namespace) -> dict:
     """Seconds of a collection and of what it is compared with, and the two ratios."""
-    given = models.prompts(asked.batch, asked.prompt, pair.vocab)
+    given = models.prompts(asked.batch, asked.longest_prompt, pair.vocab, like_dolly=True)
     alone = partial(_sampler, given=given, slots=asked.slots, pair=pair, dtype=asked.dtype)
-    student = alone(pair.student, pair.params)
+    student, padded = (pair.student, pair.params), alone(pair.student, pair.params)
+    # One CPU reads the tokens alone, as `Builder.ragged` has it, other devices over padding, too.
+    most = room(given.prompt, given.prompt_mask, PROMPTS) if on_cpu() else None
 
-    def mixed(chunk: int):
+    def mixed(chunk: int, most: int | None = None):
         mixing = Mixing(
             slots=asked.slots, alpha=ALPHA, chunk=chunk, eos_id=pair.vocab, pad_id=0,
             vocab=pair.vocab, dtype=asked.dtype,
         )  # fmt: skip
         return collect(
             pair.student, pair.teacher, pair.params, pair.teacher_params,
-            given.prompt, given.prompt_mask, jax.random.key(3), mixing,
+            given.prompt, given.prompt_mask, jax.random.key(3), mixing, most,
         )  # fmt: skip
 
     def reference():
-        rollout, second = mixed(1), student()
+        rollout, second = mixed(1), padded()
         passes = [
             score(config, params, rollout)
-            for config, params in (
-                (pair.student, pair.params),
-                (pair.teacher, pair.teacher_params),
-            )
+            for config, params in (student, (pair.teacher, pair.teacher_params))
             for _ in range(3)
         ]
         return rollout, second, passes
 
     calls = {
-        "collection": lambda: mixed(CHUNK),
-        "student alone": student,
-        "teacher alone": alone(pair.teacher, pair.teacher_params),
+        "collection": lambda: mixed(CHUNK, most),
+        "student alone": alone(*student, most=most),
+        "teacher alone": alone(pair.teacher, pair.teacher_params, most=most),
         "reference": reference,
     }
     seconds = in_turn(calls, asked.repeats)

@@ -5,14 +5,12 @@ a loop by the bound in its condition, or, where that depends on data, by what th
 Only matrix products count as operations: the rest is bound by memory, whose bytes are counted.
 """
 
-import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from minillm_jax.planning.hlo import Instruction, group, parse
+from minillm_jax.planning.products import operations
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -36,7 +34,7 @@ class Work:
     bytes: float = 0.0
     collective: str = ""  # its kind
     moved: float = 0.0  # bytes of the larger side of a collective
-    group: int = 1  # devices that take part in it
+    group: tuple[int, ...] = (0,)  # the devices that take part in one of them
 
 
 def _cost(run: list[Work]) -> tuple[float, float]:
@@ -78,7 +76,7 @@ class Counter:
                 for one in self._inside(i):
                     collectives += bool(one.collective)
                     yield replace(one, times=times)
-                flops = self._flops_of(i)
+                flops = self._flops_of(i) + operations(computation, i)
                 yield Work(
                     i.where, times, flops, 0.0 if collectives else self._traffic(computation, i)
                 )
@@ -93,7 +91,7 @@ class Counter:
             elif one := self._collective(computation, i):
                 yield replace(one, times=times)
             elif i.op not in _FREE and not i.op.endswith("-done"):
-                yield Work(i.where, times, self._flops(computation, i), self._moved(computation, i))
+                yield Work(i.where, times, operations(computation, i), self._moved(computation, i))
 
     def carried(self, kinds: Collection[tuple[int, int]]) -> int:
         """Bytes of the arrays [B, K, S, h] with (S, h) in `kinds` that a loop takes round."""
@@ -172,18 +170,8 @@ class Counter:
             for name in names:
                 computation = self.computations.get(name, {})
                 for i in computation.values():
-                    total += self._flops_of(i) if i.called else self._flops(computation, i)
+                    total += self._flops_of(i) if i.called else operations(computation, i)
         return total
-
-    def _flops(self, computation: Mapping[str, Instruction], i: Instruction) -> float:
-        if i.op == "dot":
-            left = computation[i.operands[0]].shapes[0].dims
-            contracted = re.findall(r"\d+", i.attribute("lhs_contracting_dims"))
-            return 2.0 * math.prod(i.shapes[0].dims) * math.prod(left[int(d)] for d in contracted)
-        if i.op == "convolution":
-            left, right = (computation[name].shapes[0].dims for name in i.operands[:2])
-            return _convolution(i, left, right)
-        return 0.0
 
     # Bytes.
 
@@ -285,32 +273,3 @@ def _number(computation: Mapping[str, Instruction], name: str) -> int | None:
     if value is not None and value.op == "constant" and re.fullmatch(r"-?\d+", value.arguments):
         return int(value.arguments)
     return None
-
-
-def _convolution(i: Instruction, left: Sequence[int], right: Sequence[int]) -> float:
-    """2 x the products of a convolution, those with padding and with holes left out.
-
-    The TPU compiler writes a product with batch dimensions as a convolution over them, dilated so
-    that all but one position of the window meets a hole.
-    """
-    labels = re.match(r"(\w+)_(\w+)->(\w+)", i.attribute("dim_labels"))
-    if not labels:
-        raise ValueError(f"{i.name}: no dim_labels")
-    lhs, rhs, out = labels.groups()
-    result = i.shapes[0].dims
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", i.attribute("window")))
-    pairs = 1.0
-    for place, label in enumerate(sorted(c for c in lhs if c.isdigit())):
-
-        def option(name: str, default: str, place=place) -> str:
-            return window[name].split("x")[place] if name in window else default
-
-        low = int(option("pad", "0_0").split("_")[0])
-        dilation = int(option("lhs_dilate", "1"))
-        width = (left[lhs.index(label)] - 1) * dilation + 1
-        position = np.arange(result[out.index(label)])[:, None] * int(option("stride", "1"))
-        within = np.arange(right[rhs.index(label)])[None] * int(option("rhs_dilate", "1"))
-        index = position + within - low
-        pairs *= np.count_nonzero((index >= 0) & (index < width) & (index % dilation == 0))
-    batch = result[out.index("b")]
-    return 2.0 * pairs * batch * result[out.index("f")] * right[rhs.index("i")]

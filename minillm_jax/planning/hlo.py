@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 Computation = dict[str, "Instruction"]  # by name
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
@@ -113,17 +115,26 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"no end of {text[start : start + 40]!r}")
 
 
-def group(i: Instruction, devices: int) -> int:
-    """Devices that one collective spans."""
+def group(i: Instruction, devices: int) -> tuple[int, ...]:
+    """The devices of one group of a collective, by their places in the mesh."""
     if i.op.startswith("collective-permute"):
-        return 2
+        pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes)
+        far = max(pairs, key=lambda pair: abs(int(pair[0]) - int(pair[1])), default=(0, 1))
+        return int(far[0]), int(far[1])
     groups = re.search(r"replica_groups=(.*)", i.attributes)
     text = groups[1] if groups else ""
     if found := re.match(r"mesh\[(.*?)\]\s*\{(.*?)\}", text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", found[2]))
-    if found := re.match(r"\[(\d+),(\d+)\]", text):
-        return int(found[2])
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        chosen = re.findall(r"'([^']+)'", found[2])
+        mesh = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        first = tuple(slice(None) if name in chosen else 0 for name in sizes)
+        return tuple(mesh[first].ravel().tolist())
+    if found := re.match(r"\[(\d+),(\d+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", text):
+        count, size = int(found[1]), int(found[2])
+        dims = [int(n) for n in (found[3] or str(count * size)).split(",")]
+        order = [int(n) for n in found[4].split(",")] if found[4] else range(len(dims))
+        laid = np.arange(count * size).reshape(dims).transpose(order).reshape(count, size)
+        return tuple(laid[0].tolist())
     if found := re.match(r"\{\{([\d,]+)\}", text):
-        return len(found[1].split(","))
-    return devices
+        return tuple(int(n) for n in found[1].split(","))
+    return tuple(range(devices))

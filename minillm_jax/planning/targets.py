@@ -7,6 +7,7 @@ the CPU; `cpu` is this machine, whose speed is measured.
 import itertools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -41,18 +42,19 @@ class Target:
     shape: tuple[int, ...] = ()  # of a TPU's slice
     note: str = ""  # what its compiler leaves out
 
-    def link(self, group: int) -> float:
-        """Bytes/s at which a device sends to the ring of a collective over `group` devices.
+    def link(self, group: Sequence[int]) -> float:
+        """Bytes/s at which a device sends to the ring of a collective over the devices `group`.
 
-        On a torus one over all devices uses every axis, any other a single one; an axis has two
-        directions where it closes to a ring.
+        Beyond a node of GPUs it is the network's. On a torus one over all devices uses every axis,
+        any other a single one; an axis has two directions where it closes to a ring.
         """
-        if self.chip.node:
-            return self.chip.link if group <= self.chip.node else self.chip.network
+        if node := self.chip.node:
+            within = len({place // node for place in group}) == 1
+            return self.chip.link if within else self.chip.network
         if not self.shape:
             return self.chip.link
         ways = [2 if n % self.chip.ring == 0 else 1 for n in self.shape if n > 1] or [1]
-        return self.chip.link * (sum(ways) if group >= len(self.devices) else min(ways))
+        return self.chip.link * (sum(ways) if len(group) >= len(self.devices) else min(ways))
 
 
 def known() -> str:
@@ -70,10 +72,10 @@ def target(topology: str) -> Target:
     name, _, size = topology.partition(":")
     if topology == "cpu":
         return _here()
-    if name in GPUS and size.isdigit() and int(size) > 0:
+    if name in GPUS and size.isdecimal() and int(size) > 0:
         return _simulated(topology, GPUS[name], int(size))
     parts = size.split("x")
-    if name not in TPUS or not all(part.isdigit() and int(part) for part in parts):
+    if name not in TPUS or not all(part.isdecimal() and int(part) for part in parts):
         raise InputError(f"no topology {topology!r}: choose from {known()}")
     if find_spec("libtpu") is None:
         raise InputError(f"the TPU compiler is missing: {PIP}")

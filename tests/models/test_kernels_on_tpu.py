@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from tiny_decoders import LLAMA
 
 from minillm_jax.models import abstract_params, hidden_states, logical_axes
+from minillm_jax.planning.counting import counter
 from minillm_jax.sharding import batch_sharding, make_mesh, tree_shardings
 
 
@@ -50,6 +51,13 @@ def test_splash_compiles_forward_and_backward_and_holds_no_scores(mesh, width):
     assert "tpu_custom_call" not in plain_text
     scores = ",512,512]"  # of any dtype, as part of a layer's
     assert scores in plain_text and scores not in splash_text
+    # A plan counts 2 + 5 products of scores in the kernels, and 2 + 4 in the plain layers.
+    counted = [
+        sum(work.times * work.flops for work in counter(text, 4).work())
+        for text in (splash_text, plain_text)
+    ]
+    product = 2 * model.layers * (8 // 2) * (24 // 2) * 512**2 * width
+    assert counted[0] - counted[1] == product
     # Of arrays that the chip cannot keep beside its cores, or there is nothing to compare.
     needs: list[Any] = [program.memory_analysis() for program in (splash, plain)]
     assert needs[0].temp_size_in_bytes < needs[1].temp_size_in_bytes / 1.5

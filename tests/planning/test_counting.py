@@ -106,7 +106,7 @@ def test_a_collective_is_its_bytes_and_its_devices(devices, function, kind, size
     found = [one for one in work if one.collective]
     assert [one.collective for one in found] == [kind]
     assert found[0].moved == size(devices)
-    assert found[0].group == (2 if kind == "collective-permute" else devices)
+    assert found[0].group == ((0, 1) if kind == "collective-permute" else tuple(range(devices)))
 
 
 def test_a_collective_inside_a_loop_counts_every_turn():
@@ -118,15 +118,17 @@ def test_a_collective_inside_a_loop_counts_every_turn():
 
 
 @pytest.mark.parametrize(
-    ("groups", "size"),
+    ("groups", "members"),
     [
-        ("{{0,1,2,3},{4,5,6,7}}", 4),
-        ("[2,16]<=[32]", 16),
-        ("mesh['axis_0'=2,'axis_1'=8,'axis_2'=4] {'axis_0','axis_2'}", 8),
-        ("{}", 32),
+        ("{{0,1,2,3},{4,5,6,7}}", (0, 1, 2, 3)),
+        ("[2,16]<=[32]", tuple(range(16))),
+        ("[8,4]<=[4,8]T(1,0)", (0, 8, 16, 24)),
+        ("[4,8]<=[2,4,4]T(1,0,2)", (0, 1, 2, 3, 16, 17, 18, 19)),
+        ("mesh['axis_0'=2,'axis_1'=8,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 16, 17)),
+        ("{}", tuple(range(32))),
     ],
 )
-def test_groups_are_read_in_every_notation(groups, size):
+def test_groups_are_read_in_every_notation(groups, members):
     text = f"""
 ENTRY %main (x: f32[8]) -> f32[8] {{
   %x = f32[8]{{0}} parameter(0)
@@ -134,7 +136,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 }}
 """
     (one,) = counter(text, 32).work()
-    assert (one.collective, one.group, one.moved) == ("all-reduce", size, 32.0)
+    assert (one.collective, one.group, one.moved) == ("all-reduce", members, 32.0)
 
 
 TPU = """
@@ -221,3 +223,29 @@ ENTRY %main (a: bf16[9,16,64], b: bf16[64,32], n: s32[]) -> f32[16,32] {
     (one,) = counter(text).work()
     assert one.flops == 2 * 16 * 64 * 32
     assert one.bytes == 16 * 64 * 2 + 64 * 32 * 2 + 16 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "grid", "products"),
+    [
+        ("splash_mha_fwd_residuals.2", "bf16[4,8,1536,64]{3,2,1,0}", "3,3", 2),
+        ("splash_mha_dkv_no_residuals", "bf16[4,2,1536,64]{3,2,1,0}", "3,3", 4),
+        ("splash_mha_dkv_no_residuals.1", "bf16[4,3,8,1536,64]{4,3,2,1,0}", "3,3", 5),
+        ("splash_mha_dq_no_residuals.1", "bf16[4,8,1536,64]{3,2,1,0}", "3,3", 3),
+        ("splash_mha_fwd_residuals.2", "bf16[4,8,1536,64]{3,2,1,0}", "3,1", 2),
+        ("another_kernel.2", "bf16[4,8,1536,64]{3,2,1,0}", "3,3", 0),
+    ],
+)
+def test_a_splash_kernel_counts_its_blocks_up_to_the_diagonal(name, result, grid, products):
+    """Lines as the TPU compiler writes them, but for the operands that are not looked at."""
+    text = f"""
+ENTRY %main () -> bf16[4,8,1536,64] {{
+  %next = s8[1,{grid}]{{2,1,0}} constant(0)
+  %q = bf16[4,8,1536,64]{{3,2,1,0}} constant(0)
+  ROOT %{name} = (f32[4,512,64]{{2,1,0}}, {result}) custom-call(%next, %next, %q, %q, %q), \
+custom_call_target="tpu_custom_call"
+}}
+"""
+    computed = 6 if grid == "3,3" else 3  # of 9 pairs of blocks
+    (one,) = [one for one in counter(text).work() if one.bytes]
+    assert one.flops == products * 2 * 4 * 8 * computed * 512**2 * 64

@@ -212,14 +212,22 @@ def test_links_of_a_slice_close_to_rings():
     chip = TPUS["v5p"]
     devices = tuple(range(64))
     cube = Target("v5p:4x4x4", chip, devices, (4, 4, 4))
-    assert (cube.link(64), cube.link(16)) == (6 * chip.link, 2 * chip.link)
+    assert (cube.link(range(64)), cube.link(range(16))) == (6 * chip.link, 2 * chip.link)
     small = Target("v5p:2x2x1", chip, devices[:4], (2, 2, 1))
-    assert (small.link(4), small.link(2)) == (2 * chip.link, chip.link)
-    nodes = Target("h100:16", GPUS["h100"], devices[:16])
-    assert nodes.link(16) == GPUS["h100"].network < nodes.link(8)
+    assert (small.link(range(4)), small.link(range(2))) == (2 * chip.link, chip.link)
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "h100", "h100:0", "v5p", "v5p:4xx4", "tpu", ""])
+def test_gpus_of_several_nodes_talk_over_the_network():
+    """However few they are: it is which, and not how many."""
+    chip = GPUS["h100"]
+    nodes = Target("h100:16", chip, tuple(range(16)))
+    assert chip.network == nodes.link(range(16)) == nodes.link((7, 8)) == nodes.link((0, 8))
+    assert chip.link == nodes.link(range(8)) == nodes.link((8, 15)) > chip.network
+
+
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "h100", "h100:0", "h100:²", "v5p", "v5p:4xx4", "v5p:²x1", "tpu", ""]
+)
 def test_an_unknown_topology_is_refused_with_those_there_are(name):
     with pytest.raises(InputError, match=r"no topology .*v5p:\{.*4x4x4.*h100:N, .*cpu"):
         target(name)

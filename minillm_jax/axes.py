@@ -89,13 +89,41 @@ def fitting_spec(
         if count % ways == 0:
             continue
         if name not in WHOLE_IF_UNEVEN:
-            near = max(n for n in range(1, ways + 1) if count % n == 0)
             raise InputError(
                 f"axis {name!r} of {where} has {count} entries, not a multiple of mesh"
-                f" {entry}={ways}: set --config.mesh.{entry}={near}, or another divisor of {count}"
+                f" {entry}={ways}: set --config.mesh.{entry}={nearest(count, ways, mesh)}"
             )
         entries[i] = None
     return PartitionSpec(*entries)
+
+
+def nearest(count: int, ways: int, mesh: Any) -> str:
+    """The size of a mesh axis that divides `count` and the devices and is nearest to `ways`.
+
+    In words, with what is left to the other axes, as the devices have to be used up.
+    """
+    sizes = [n for n in range(1, mesh.size + 1) if count % n == 0 and mesh.size % n == 0]
+    near = min(sizes, key=lambda n: (abs(n - ways), n))
+    rest = mesh.size // near
+    return f"{near}" if rest == 1 else f"{near}, so that the other axes multiply to {rest}"
+
+
+def kept_whole(sizes: Mapping[str, int], mesh: Any) -> list[str]:
+    """What does not divide of the logical axes that may stay whole, a line each.
+
+    `sizes` are entries by logical axis, such as {"vocab": 50257}.
+    """
+    found = []
+    for name in WHOLE_IF_UNEVEN:
+        entry = str(dict(AXIS_RULES)[name])
+        ways = mesh.shape[entry]
+        if name in sizes and sizes[name] % ways:
+            near = nearest(sizes[name], ways, mesh)
+            found.append(
+                f"{sizes[name]} entries of axis {name!r} are no multiple of mesh {entry}={ways}:"
+                f" every device holds them whole; the nearest that divides is {entry}={near}"
+            )
+    return found
 
 
 def constrain(x: Any, *axes: str | None, units: Mapping[str, int] | None = None) -> Any:

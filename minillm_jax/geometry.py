@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
+from minillm_jax.axes import kept_whole
 from minillm_jax.build import Builder
 from minillm_jax.dataset import SPLITS
+from minillm_jax.models import DecoderConfig
 
 
 def geometry(build: Builder, names: Iterable[str]) -> dict[str, Any]:
@@ -42,12 +44,12 @@ def geometry(build: Builder, names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def in_words(build: Builder, name: str) -> str:
-    """The batches of one stage in a line, for its start."""
+def in_words(build: Builder, name: str, model: DecoderConfig) -> str:
+    """The batches of one stage, and what of its model the mesh does not split, for its start."""
     s, parts = build.schedule(name), build.micro_batches(name)
     rows = s.batch_size // build.ways // parts
     line = f"{s.steps} updates of {s.batch_size} rows = {build.ways} x {rows} x {parts} "
     line += "(devices x rows at once x micro-batches)"
     if s.rollouts:
         line += f", {s.updates_per_round} per collection of {s.rollouts}"
-    return line
+    return "; ".join([line, *kept_whole(model.axis_sizes, build.mesh)])

@@ -26,8 +26,11 @@ import numpy as np
 from jax._src.distributed import global_state  # the address that a cluster gave is only there
 from jax.experimental import multihost_utils
 
+from minillm_jax.rollcall import roll_call
 from minillm_jax.types import InputError
 
+_PORTS = 65535
+_CURE = "look at its log, or set a longer MINILLM_HOST_TIMEOUT"
 _THREE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -45,6 +48,8 @@ def connect() -> None:
     if place is None:
         return
     seconds = _number("MINILLM_HOST_TIMEOUT", 1, default="300")
+    if place:
+        _call(place["coordinator_address"], place["num_processes"], place["process_id"], seconds)
     # jax would catch SIGTERM itself; `stopping` does.
     jax.config.update("jax_enable_preemption_service", False)
     # When its own time is up jax aborts the process with a stack trace; so ours is up first.
@@ -52,16 +57,31 @@ def connect() -> None:
     watch.daemon = True
     watch.start()
     try:
-        if place.get("process_id") == 0:
-            # Where jax cannot listen it may end by a segmentation fault: ask the system first.
-            socket.create_server(("", int(place["coordinator_address"].rpartition(":")[2]))).close()
         jax.distributed.initialize(**place, initialization_timeout=seconds + 60)
     except (RuntimeError, ValueError, OSError, ImportError) as error:
-        address = global_state.coordinator_address or place.get("coordinator_address")
-        where = f"process 0 listens at {address}" if address else "no cluster was detected"
-        raise InputError(f"{where}: {error}; set {', '.join(_THREE)} to what is free") from error
+        address = global_state.coordinator_address or place.get("coordinator_address", "")
+        raise _unreachable(address, error) from error
     finally:
         watch.cancel()
+
+
+def _call(address: str, count: int, rank: int, seconds: int) -> None:
+    """See that all processes are there: where one is not, it is named.
+
+    Nor does jax say when it cannot listen: it may end by a segmentation fault.
+    """
+    try:
+        roll_call(address, count, rank, seconds)
+    except InputError as error:
+        waited = f"process {rank} of {count} waited up to {seconds} s at {address}"
+        raise InputError(f"{waited}: {error}; {_CURE}") from error
+    except OSError as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> InputError:
+    where = f"process 0 listens at {address}" if address else "no cluster was detected"
+    return InputError(f"{where}: {error}; set {', '.join(_THREE)} to what is free")
 
 
 def _place() -> dict[str, Any] | None:
@@ -75,8 +95,8 @@ def _place() -> dict[str, Any] | None:
     if missing := [name for name in _THREE if name not in given]:
         raise InputError(f"{' and '.join(given)} without {' and '.join(missing)}: set all three")
     address = given[_THREE[0]]
-    if not re.fullmatch(r".+:\d{1,5}", address):
-        raise InputError(f"{_THREE[0]}={address}: give HOST:PORT of process 0")
+    if not re.fullmatch(r".+:[0-9]{1,5}", address) or int(address.rpartition(":")[2]) > _PORTS:
+        raise InputError(f"{_THREE[0]}={address}: give HOST:PORT of process 0, up to port {_PORTS}")
     count = _number(_THREE[1], 1)
     index = _number(_THREE[2], 0, count - 1)
     return {"coordinator_address": address, "num_processes": count, "process_id": index}
@@ -100,8 +120,7 @@ def _give_up(seconds: int) -> None:
         except OSError:
             who = "process 0, which is to listen there, did not come up or is out of reach"
     waited = f"process {rank} of {global_state.num_processes} waited {seconds} s at {address}"
-    cure = "look at its log, or set a longer MINILLM_HOST_TIMEOUT"
-    print(f"error: {waited}: {who}; {cure}", file=sys.stderr, flush=True)
+    print(f"error: {waited}: {who}; {_CURE}", file=sys.stderr, flush=True)
     os._exit(2)
 
 

@@ -1,7 +1,6 @@
 """Out of memory: what the plan of the stage says it needs, and which setting to try."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from minillm_jax.planning import verdict
 from minillm_jax.planning.chips import Chip
 from minillm_jax.planning.estimate import Figures, measure
 from minillm_jax.planning.programs import Program
-from minillm_jax.planning.targets import Target
+from minillm_jax.planning.targets import Target, host_memory
 
 PROGRAMS = {
     "teacher_sft": ("teacher_sft update",),
@@ -50,8 +49,7 @@ def explain(config: Any, workdir: Path, stage: str) -> str:
 def _here() -> Target:
     devices = tuple(jax.devices())
     stats = devices[0].memory_stats() or {}
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
-    memory = float(stats.get("bytes_limit", whole))
+    memory = float(stats.get("bytes_limit", host_memory() / len(devices)))
     return Target("here", Chip(devices[0].device_kind, 1.0, memory, 1.0, 1.0), devices)
 
 

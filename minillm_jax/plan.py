@@ -41,11 +41,13 @@ def main(argv: list[str]) -> None:
         raise InputError("no experiment given: add --config configs/quickstart.py")
     if not TOPOLOGY.value:
         raise InputError("no machine given: add --topology, such as v5p:4x4x4, h100:8 or cpu")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs here
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here, whatever else the machine has
     _simulate(TOPOLOGY.value)
     from minillm_jax.planning import estimate, search, table, targets, verdict
     from minillm_jax.reporting.writers import write_json
 
+    if JSON.value:
+        _refuse_unwritable(Path(JSON.value))
     if QUICK.value:
         estimate.hurry()
     config, target = CONFIG.value, targets.target(TOPOLOGY.value)
@@ -66,12 +68,19 @@ def main(argv: list[str]) -> None:
         write_json(Path(JSON.value), figures)
 
 
+def _refuse_unwritable(file: Path) -> None:
+    """Refuse a file that cannot be written before minutes of compilation rather than after."""
+    there = next(path for path in file.absolute().parents if path.exists())
+    if file.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--json={file} cannot be written: choose another file")
+
+
 def _simulate(topology: str) -> None:
     """Make as many CPU devices as there are GPUs in `h100:8`, before jax starts."""
     name, _, count = topology.partition(":")
     from minillm_jax.planning.chips import GPUS
 
-    if name in GPUS and count.isdigit() and int(count) > 0:
+    if name in GPUS and count.isdecimal() and int(count) > 0:
         import jax
 
         jax.config.update("jax_num_cpu_devices", int(count))

@@ -103,11 +103,18 @@ def test_missing_process_is_told(address, ranks):
     for rank, (code, out, err) in zip(ranks, ends, strict=True):
         (line,) = err.splitlines()
         assert code == 2 and not out
-        assert line.startswith(f"error: process {rank} of 3 waited 3 s at {address}: ")
+        assert line.startswith(f"error: process {rank} of 3 waited up to 3 s at {address}: ")
         if 0 not in ranks:
             assert "process 0, which is to listen there, did not come up" in line
         elif rank == 0:
-            assert "one of the others did not come up" in line
+            assert "process 2 did not come up; look at its log" in line
+        else:  # it hears of it, but for its own time being up before
+            assert "process 2 did not come up" in line or "process 0 still waits" in line
+
+
+def test_a_rank_that_two_have_is_told_to_both(address):
+    for code, _, err in start("", address, [0, 1, 1], 3):
+        assert code == 2 and "two processes say that they are process 1" in err
 
 
 def test_failure_of_one_does_not_wait_for_the_others(address):

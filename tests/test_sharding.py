@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as Spec
 
-from minillm_jax.axes import partition_spec
+from minillm_jax.axes import kept_whole, nearest, partition_spec
 from minillm_jax.sharding import (
     batch_sharding,
     make_mesh,
@@ -93,7 +93,7 @@ def test_tree_shardings_lay_out_the_array():
 def test_uneven_axis_is_refused_but_for_the_vocabulary():
     mesh = make_mesh(1, 4, 2)
     abstract, axes = _described((3, 6, 6), "layers", "embed", "mlp")
-    with pytest.raises(InputError, match=r"'embed' of \['x'\] has 6 .*mesh.fsdp=3, or"):
+    with pytest.raises(InputError, match=r"'embed' of \['x'\] has 6 .*mesh.fsdp=2, so .* to 4$"):
         tree_shardings(abstract, axes, mesh)
     abstract, axes = _described((5, 8), "vocab", "embed")
     assert tree_shardings(abstract, axes, mesh)["x"].spec == Spec(None, "fsdp")
@@ -108,10 +108,35 @@ def test_heads_stay_whole_and_grouped_ones_are_copied_where_they_are_too_few():
     sharding = tree_shardings(abstract, axes, mesh, units=units)["x"]
     assert sharding.spec == Spec("fsdp", "tensor")
     abstract, axes = _described((8, 12), "embed", "heads")  # two heads, twelve features
-    with pytest.raises(InputError, match=r"'heads' of \['x'\] has 2 .*mesh.tensor=2, or"):
+    with pytest.raises(InputError, match=r"'heads' of \['x'\] has 2 .*mesh.tensor=2, so"):
         tree_shardings(abstract, axes, mesh, units=units)
     abstract, axes = _described((8, 12), "embed", "kv_heads")
     assert tree_shardings(abstract, axes, mesh, units=units)["x"].spec == Spec("fsdp", None)
+
+
+@pytest.mark.parametrize(
+    ("count", "ways", "said"),
+    [
+        (12, 8, "4, so that the other axes multiply to 2"),  # 6 would leave devices over
+        (25, 8, "1, so that the other axes multiply to 8"),
+        (24, 3, "2, so that the other axes multiply to 4"),
+        (16, 5, "4, so that the other axes multiply to 2"),
+        (16, 7, "8"),
+    ],
+)
+def test_the_size_that_is_proposed_divides_the_devices_too(count, ways, said):
+    assert nearest(count, ways, make_mesh()) == said
+
+
+def test_what_is_copied_for_it_does_not_divide_is_said():
+    mesh = make_mesh(1, 2, 4)
+    assert kept_whole({"vocab": 512, "kv_heads": 4}, mesh) == []
+    ids, heads = kept_whole({"vocab": 50257, "kv_heads": 2}, mesh)
+    assert ids.startswith("50257 entries of axis 'vocab' are no multiple of mesh tensor=4: every")
+    assert ids.endswith(
+        "the nearest that divides is tensor=1, so that the other axes multiply to 8"
+    )
+    assert "2 entries of axis 'kv_heads'" in heads and "is tensor=2, so" in heads
 
 
 def test_array_without_its_axes_is_refused():

@@ -93,6 +93,11 @@ class DecoderConfig:
         """Entries of a logical axis that stay on one device: the features of a head."""
         return {"heads": self.head_dim, "kv_heads": self.head_dim}
 
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Entries of the logical axes that a mesh may leave whole (`axes.WHOLE_IF_UNEVEN`)."""
+        return {"vocab": self.vocab_size, "kv_heads": self.kv_heads}
+
     def _check(self):
         sizes = ("vocab_size", "layers", "width", "heads", "mlp_width", "max_positions")
         for name in (*sizes, "kv_heads", "head_dim", "embed_width", "rope_dim"):

@@ -1,30 +1,48 @@
 """Other meshes, micro-batches and remat for one experiment on one machine, best first.
 
-Every candidate is compiled, those that promise most first: a compilation takes half a minute for
-a large model, so `most` bounds their number. What a candidate does not change is compiled once.
+Every candidate is compiled, and a compilation takes half a minute for a large model. So a mesh
+begins with whole batches and no remat, and a program that does not fit there, and no other, gets
+what its figures say may do: fewer rows at once, and where one row is too many, more remat. What a
+candidate leaves as it was is compiled once.
 """
 
+import copy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from minillm_jax.planning.estimate import Figures, measure
-from minillm_jax.planning.programs import Program, meshes
+from minillm_jax.planning.programs import Program, meshes, programs
 from minillm_jax.planning.shapes import Shapes
 from minillm_jax.planning.targets import Target
-from minillm_jax.planning.verdict import Plan, changed, divides, flags, plan
+from minillm_jax.planning.verdict import SECTION_OF, Plan, changed, divides, flags, plan
 from minillm_jax.types import InputError
 
 Changes = dict[str, dict[str, Any]]
 
 REMAT = ("none", "dots", "full")
+_COLLECT = "collect"
 
 
-def candidates(config: Any, workdir: Path, target: Target) -> list[Changes]:
-    """Settings that the batches and models allow, those first that need least and move least.
+def search(config: Any, workdir: Path, target: Target, most: int) -> list[tuple[Changes, Plan]]:
+    """Compile up to `most` candidates and rank those that fit by time; those that do not, last."""
+    made: dict[tuple, Figures] = {}
+    found: list[tuple[Changes, Plan]] = []
+    for first in beginnings(config, workdir, target):
+        changes: Changes | None = first
+        while changes is not None and len(found) < most:
+            print(f"{len(found) + 1} of up to {most}: {flags(changes)}", file=sys.stderr)
+            now = changed(config, changes)
+            one = plan(now, workdir, target, measured=_once(made, changes))
+            found.append((changes, one))
+            changes = None if one.fits else squeezed(now, changes, one)
+    return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].seconds))
 
-    First the largest micro-batch without remat of every mesh, then smaller ones, then more remat.
+
+def beginnings(config: Any, workdir: Path, target: Target) -> list[Changes]:
+    """A candidate for every mesh that the batches and models allow.
+
+    Those first that need least memory and move least: models split over all devices by `fsdp`.
     """
     found: list[tuple[tuple, Changes]] = []
     for sizes in meshes(len(target.devices)):
@@ -33,58 +51,67 @@ def candidates(config: Any, workdir: Path, target: Target) -> list[Changes]:
             divides(build)
         except InputError:
             continue
-        for micro, remat in _ways(config, build):
-            section = {"micro_batch": micro, "remat": remat}
-            cost = (REMAT.index(remat), -micro, sizes["tensor"], sizes["data"])
-            found.append((cost, {"mesh": sizes, "distill": section}))
+        changes: Changes = {"mesh": sizes}
+        for program in programs(build):
+            if section := SECTION_OF.get(program.name):
+                rows = config[section].batch_size // build.ways
+                changes[section] = {"micro_batch": rows, "remat": REMAT[0]}
+        found.append(((sizes["tensor"], sizes["data"]), changes))
     return [changes for _, changes in sorted(found, key=lambda one: one[0])]
 
 
-def _ways(config: Any, build: Shapes) -> Iterator[tuple[int, str]]:
-    rows = config.distill.batch_size // build.ways
-    for remat in REMAT:
-        micro = rows
-        while micro >= 1:
-            yield micro, remat
-            micro //= 4
+def squeezed(config: Any, changes: Changes, found: Plan) -> Changes | None:
+    """The candidate after one that did not fit, on the same mesh; None where nothing is left."""
+    after = copy.deepcopy(changes)
+    memory = found.target.chip.memory
+    for f in found.figures:
+        if f.fits:
+            continue
+        fixed = sum(f.parts.values()) + f.held
+        if fixed > memory:
+            return None
+        # What is not fixed grows with the rows that are read at once.
+        share = (memory - fixed) / max(f.peak - fixed, 1.0)
+        ways = found.mesh["data"] * found.mesh["fsdp"]
+        if f.name == _COLLECT:
+            rows = config.distill.collect_batch or config.distill.rollouts
+            fewer = [n for n in _divisors(rows) if n < rows and n % ways == 0]
+            if not fewer:
+                return None
+            batch = next((n for n in fewer if n <= share * rows), fewer[-1])
+            after.setdefault("distill", {})["collect_batch"] = batch
+            continue
+        section = after[SECTION_OF[f.name]]
+        rows, remat = section["micro_batch"], REMAT.index(section["remat"])
+        if fewer := [n for n in _divisors(rows) if n < rows and n <= share * rows]:
+            section["micro_batch"] = fewer[0]
+        elif remat + 1 < len(REMAT):
+            section["remat"] = REMAT[remat + 1]
+        elif rows > 1:  # there is no more remat, and a guess may be wrong
+            section["micro_batch"] = next(n for n in _divisors(rows) if n < rows)
+        else:
+            return None
+    return after
 
 
-def search(config: Any, workdir: Path, target: Target, most: int) -> list[tuple[Changes, Plan]]:
-    """Compile up to `most` candidates and rank those that fit by time; those that do not, last."""
-    made: dict[tuple, Figures] = {}
-
-    def measured(key: tuple):
-        def once(program: Program, target: Target) -> Figures:
-            # A collection does not know how an update is cut.
-            mine = (program.name, key if program.name != "collect" else key[:1])
-            if mine not in made:
-                made[mine] = measure(program, target)
-            return made[mine]
-
-        return once
-
-    everything = candidates(config, workdir, target)
-    found = []
-    for place, changes in enumerate(_spread(everything, most), 1):
-        print(f"{place}/{min(most, len(everything))}: {flags(changes)}", file=sys.stderr)
-        key = (tuple(changes["mesh"].items()), tuple(changes["distill"].items()))
-        one = plan(
-            changed(config, changes),
-            workdir,
-            target,
-            only=("collect", "distill update", "student_sft update"),
-            measured=measured(key),
-        )
-        found.append((changes, one))
-    return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].seconds))
+def _divisors(count: int) -> list[int]:
+    """The largest first."""
+    return [n for n in range(count, 0, -1) if count % n == 0]
 
 
-def _spread(everything: list[Changes], most: int) -> list[Changes]:
-    """At most so many, one of every mesh before a second one of any."""
-    rounds: dict[tuple, int] = {}
-    order = []
-    for changes in everything:
-        mesh = tuple(changes["mesh"].items())
-        rounds[mesh] = rounds.get(mesh, 0) + 1
-        order.append((rounds[mesh], len(order), changes))
-    return [changes for *_, changes in sorted(order, key=lambda one: one[:2])][:most]
+def _once(made: dict[tuple, Figures], changes: Changes):
+    """`measure`, but once for the same program under the same settings that it depends on."""
+
+    def measured(program: Program, target: Target) -> Figures:
+        distill = changes.get("distill", {})
+        if program.name == _COLLECT:
+            settings: Any = distill.get("collect_batch")
+        else:
+            section = changes[SECTION_OF[program.name]]
+            settings = section["micro_batch"], section["remat"]
+        key = (program.name, tuple(changes["mesh"].items()), settings)
+        if key not in made:
+            made[key] = measure(program, target)
+        return made[key]
+
+    return measured

@@ -4,12 +4,14 @@ A TPU's devices come from its compiler alone, which `libtpu` brings along; a GPU
 the CPU; `cpu` is this machine, whose speed is measured.
 """
 
+import contextlib
 import itertools
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -134,11 +136,28 @@ def _simulated(topology: str, chip: Chip, count: int) -> Target:
 
 def _here() -> Target:
     flops, bandwidth = _speed()
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    count = os.cpu_count()
-    chip = Chip(f"this CPU, {count} cores", flops, 0.9 * pages * size, bandwidth, bandwidth)
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    chip = Chip(f"this CPU, {count} cores", flops, 0.9 * host_memory(), bandwidth, bandwidth)
     note = "speed measured just now on a product of 1,024^2 floats and a copy; 90 % of the memory"
     return Target("cpu", chip, (jax.devices("cpu")[0],), note=note)
+
+
+def host_memory(root: Path = Path("/")) -> float:
+    """Bytes of memory that this process may use: the machine's, or what its container has of it."""
+    found = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    groups = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kind, path = line.split(":", 2)
+            if kind not in ("", "memory"):
+                continue
+            name = "memory.limit_in_bytes" if kind else "memory.max"
+            # Within a container the path is often that outside of it; the limit is then at the top.
+            inner = groups / kind / path.strip("/")
+            for folder in {inner, *inner.parents}:
+                with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+                    found.append(float(int((folder / name).read_text())))
+    return min(found)
 
 
 def _speed() -> tuple[float, float]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minillm_jax.axes import kept_whole
+from minillm_jax.build import SECTIONS
 from minillm_jax.planning.chips import GIB
 from minillm_jax.planning.estimate import Figures, hurried, measure
 from minillm_jax.planning.programs import meshes, programs
@@ -114,6 +116,9 @@ def flags(changes: dict[str, dict[str, Any]]) -> str:
 
 Measured = Callable[..., Figures]
 
+# Whose settings an update is compiled with; `collect` is no update.
+SECTION_OF = {f"{stage} update": section for stage, section in SECTIONS.items()}
+
 
 def plan(
     config: Any,
@@ -140,12 +145,7 @@ def plan(
         ("teacher", build.teacher_checkpoint.config),
         ("student", build.student_checkpoint.config),
     ):
-        tensor = build.mesh.shape["tensor"]
-        if model.vocab_size % tensor:
-            notes.append(
-                f"the {model.vocab_size} ids of the {who} are no multiple of tensor={tensor}: "
-                "every device holds its embedding and head whole along that axis"
-            )
+        notes += [f"{who}: {line}" for line in kept_whole(model.axis_sizes, build.mesh)]
     if hurried():
         notes.append("compiled with --quick: memory and seconds may be some percent too high")
     if target.note:
@@ -209,9 +209,7 @@ def _smaller(config: Any, found: Plan, name: str):
         if rows // 2 >= ways and (rows // 2) % ways == 0:
             yield flags({"distill": {"collect_batch": rows // 2}})
         return
-    section = {"teacher_sft update": "teacher_sft", "student_sft update": "sft"}.get(
-        name, "distill"
-    )
+    section = SECTION_OF[name]
     c = config[section]
     if c.remat != "full":
         yield flags({section: {"remat": "full"}})

@@ -77,7 +77,7 @@ def train(
     build = run.build
     schedule = build.schedule(section)
     optimizer, _ = build.optimizer(section)
-    print(f"{stage}: {in_words(build, section)}", file=hosts.log())
+    print(f"{stage}: {in_words(build, section, start.config)}", file=hosts.log())
     abstract = build.abstract_state(start.config, section, method.memory)
     rows = batch_sharding(build.mesh)
     settings = {"stage": stage, "config": own_settings(build.config.to_dict())}

@@ -194,17 +194,65 @@ def test_a_mesh_that_is_left_to_the_devices_gets_one_that_divides(tmp_path):
 
 def test_a_search_ranks_what_fits_first(tmp_path, capsys):
     config = pair(tmp_path)
-    small = dataclasses.replace(GPUS["h100"], memory=1e6)
+    small = dataclasses.replace(GPUS["h100"], memory=7e5)
     here = dataclasses.replace(target("h100:2"), chip=small)
-    ranked = search.search(config, tmp_path, here, 3)
-    assert len(ranked) == 3
+    ranked = search.search(config, tmp_path, here, 4)
+    assert len(ranked) == 4
     assert len({tuple(changes["mesh"].items()) for changes, _ in ranked}) >= 2
+    assert {plan.fits for _, plan in ranked} == {True, False}
     fitting = [plan.seconds for _, plan in ranked if plan.fits]
     assert fitting == sorted(fitting)
     assert [plan.fits for _, plan in ranked] == sorted(
         (plan.fits for _, plan in ranked), reverse=True
     )
-    assert "1/3: --config.mesh.data=" in capsys.readouterr().err
+    assert "1 of up to 4: --config.mesh.data=" in capsys.readouterr().err
+
+
+def made_up(name, peak, parts, memory):
+    """Figures of a program of so many bytes, those of its arguments and all."""
+    return estimate.Figures(
+        name, {"parameters": parts}, held=0.0, cache=0.0, work_space=peak - parts, flops=1.0,
+        collectives={}, compute_seconds=1.0, network_seconds=0.0, needed=1.0, times=1,
+        fits=peak <= memory, peak=peak, extrapolated=False, assumed=(),
+    )  # fmt: skip
+
+
+def test_a_search_gives_every_stage_what_it_needs(tmp_path, monkeypatch):
+    """Also the teacher's SFT, and none of the others anything; nothing is compiled twice."""
+    config, here, seen = pair(tmp_path), target("h100:2"), []
+    memory = here.chip.memory
+    config.teacher_sft.steps = 2
+    config.teacher_sft.batch_size = 8
+
+    def measured(program, _):
+        c = config_of(program)
+        seen.append((program.name, c))
+        # Rows at once, and remat, decide what the teacher's SFT needs; only four of "dots" do.
+        need = 0.1
+        if program.name == "teacher_sft update":
+            need = {"none": 1.0, "dots": 0.18, "full": 0.1}[c["remat"]] * (c["micro_batch"] + 1)
+        return made_up(program.name, need * memory, 0.05 * memory, memory)
+
+    monkeypatch.setattr(search, "measure", measured)
+    current = {}
+
+    def config_of(program):
+        return current.get(search.SECTION_OF.get(program.name), {})
+
+    inner = search.changed
+
+    def changed(config, changes):
+        current.clear()
+        current.update(changes)
+        return inner(config, changes)
+
+    monkeypatch.setattr(search, "changed", changed)
+    ranked = search.search(config, tmp_path, here, 5)
+    fitting = [changes for changes, plan in ranked if plan.fits]
+    assert fitting[0]["teacher_sft"] == {"micro_batch": 4, "remat": "dots"}
+    assert fitting[0]["distill"] == fitting[0]["sft"] == {"micro_batch": 4, "remat": "none"}
+    names = [f.name for f in ranked[0][1].figures]
+    assert names == ["teacher_sft update", "student_sft update", "collect", "distill update"]
 
 
 def test_links_of_a_slice_close_to_rings():
@@ -309,6 +357,38 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert json.loads(file.read_text())["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
 
 
+def test_this_machine_is_planned_for_too(tmp_path, capsys):
+    file = tmp_path / "new" / "plan.json"
+    words = ("--config=configs/opt_13b_to_opt.py:tiny,method=kd", "--topology=cpu")
+    assert run(*words, f"--json={file}") == 0
+    out = capsys.readouterr().out
+    assert "on cpu (1 x this CPU," in out and "speed measured just now" in out
+    found = json.loads(file.read_text())
+    assert found["fits"] and found["memory_bytes"] == 0.9 * targets.host_memory()
+    assert all(one["seconds"] > 0 for one in found["programs"])
+
+
+@pytest.mark.parametrize(
+    ("group", "file"),
+    [
+        ("0::/a/b\n", "a/memory.max"),  # of the group above
+        ("0::/outside/of/it\n", "memory.max"),
+        ("5:cpu:/a\n3:memory:/a\n", "memory/a/memory.limit_in_bytes"),
+    ],
+)
+def test_a_container_has_the_memory_that_it_was_given(tmp_path, group, file):
+    groups = tmp_path / "sys/fs/cgroup"
+    (groups / "a/b").mkdir(parents=True)
+    (groups / "a/b/memory.max").write_text("max\n")
+    (groups / file).parent.mkdir(parents=True, exist_ok=True)
+    (groups / file).write_text("123456\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(group)
+    assert targets.host_memory(tmp_path) == 123456
+    (groups / file).write_text("max\n")
+    assert targets.host_memory(tmp_path) == targets.host_memory(tmp_path / "none") > 1e8
+
+
 def test_a_quick_plan_asks_for_the_least_effort_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "_simulate", lambda topology: None)
     asked, file = [], tmp_path / "plan.json"
@@ -337,6 +417,10 @@ def test_a_quick_plan_asks_for_the_least_effort_and_says_so(tmp_path, monkeypatc
         (("--config=configs/opt_13b_to_opt.py:tiny",), "no machine given: add --topology"),
         (("--config=configs/opt_13b_to_opt.py:tiny", "--topology=v9:2x2"), "no topology 'v9:2x2'"),
         (("--topology=cpu", "stray"), "'stray' is no flag"),
+        (
+            ("--config=configs/opt_13b_to_opt.py:tiny", "--topology=cpu", "--json=/"),
+            "--json=/ cannot be written: choose another file",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(words, said, capsys):

@@ -1,0 +1,131 @@
+"""Processes that call process 0, as threads: who is missing, who is there twice, who is strange."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from minillm_jax import rollcall
+from minillm_jax.rollcall import roll_call
+from minillm_jax.types import InputError
+
+
+@pytest.fixture
+def address() -> str:
+    """A port that was free a moment ago."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return f"localhost:{found.getsockname()[1]}"
+
+
+def called(address, ranks, count, seconds, counts=None):
+    """What the processes of these ranks are told: None where all are there."""
+
+    def one(rank, count):
+        try:
+            roll_call(address, count, rank, seconds)
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(one, ranks, counts or [count] * len(ranks)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_all_are_there(address, count):
+    assert called(address, range(count), count, 20) == [None] * count
+    # The port is free at once for jax, and for another run.
+    assert called(address, range(count), count, 20) == [None] * count
+
+
+def test_process_0_may_come_late(address):
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(roll_call, address, 2, 1, 20)
+        time.sleep(0.5)
+        assert not other.done()
+        roll_call(address, 2, 0, 20)
+        assert other.result() is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "count", "missing"),
+    [
+        ([0, 1], 3, "process 2 did not come up"),
+        ([0, 3], 8, "processes 1-2, 4-7 did not come up"),
+        ([0], 2, "process 1 did not come up"),
+        ([0, 2], 4, "processes 1, 3 did not come up"),
+    ],
+)
+def test_those_that_are_missing_are_named(address, ranks, count, missing):
+    first, *others = called(address, ranks, count, 1.5)
+    assert first == missing
+    for said in others:
+        assert said in (missing, "process 0 still waits for others, whom its own line will name")
+
+
+def test_without_process_0_it_is_process_0_that_is_missing(address):
+    (said,) = called(address, [1], 2, 0.5)
+    assert said and said.startswith("process 0, which is to listen there, did not come up")
+
+
+def test_a_rank_that_two_have_is_told_to_both(address):
+    said = called(address, [0, 1, 1], 3, 20)
+    assert said == ["two processes say that they are process 1: count them from 0"] * 3
+
+
+def test_another_number_of_processes_is_told(address):
+    said = called(address, [0, 1], 2, 20, [2, 4])
+    assert said == ["process 1 says that there are 4 processes, not 2"] * 2
+
+
+def test_strangers_and_the_dead_are_no_processes(address):
+    """A port is open to all: what says nothing, nonsense or 0 does not count, nor who has left."""
+    host, port = address.split(":")
+
+    def strange():
+        for line in (b"", b"GET / HTTP/1.1\r\n\r\n", b"minillm 0 3\n", b"minillm 1 3\n"):
+            with socket.create_connection((host, int(port))) as peer:
+                peer.sendall(line)
+                peer.shutdown(socket.SHUT_WR)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(roll_call, address, 3, 0, 20)
+        for _ in range(100):
+            try:
+                strange()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        time.sleep(0.3)
+        assert not first.done()
+        assert called(address, [1, 2], 3, 20) == [None] * 2
+        assert first.result() is None
+
+
+def test_a_silent_caller_holds_nobody_up_for_long(address, monkeypatch):
+    monkeypatch.setattr(rollcall, "_READ", 0.2)
+    host, port = address.split(":")
+    done = threading.Event()
+
+    def silent():
+        while not done.is_set():
+            try:
+                with socket.create_connection((host, int(port))):
+                    done.wait(10)
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+
+    other = threading.Thread(target=silent)
+    other.start()
+    try:
+        assert called(address, [0, 1], 2, 20) == [None] * 2
+    finally:
+        done.set()
+        other.join()
+
+
+def test_a_port_in_use_is_an_error_of_the_system():
+    with socket.create_server(("", 0)) as taken, pytest.raises(OSError):
+        roll_call(f"localhost:{taken.getsockname()[1]}", 2, 0, 5)

@@ -129,6 +129,13 @@ echo \$\$ > run.pid
 MINILLM_STOP_CODE=75 MINILLM_DISTRIBUTED=auto exec .venv/bin/python -m minillm_jax.main $(printf '%q ' "$@")"
 }
 
+until_gone() { # CODE: wait until a preemption shows, long where the code looks like one
+    local polls=1
+    # 75: a run that TERM has stopped; 255: ssh lost its host. The state lags behind both.
+    [[ ! $1 =~ ^(75|255)$ ]] || polls=10
+    while ((polls-- > 0)) && [ "$(state)" = ACTIVE ]; do sleep "$wait_seconds"; done
+}
+
 train() {
     if [ -n "$dry" ]; then
         create && install && run "$@"
@@ -146,11 +153,15 @@ train() {
         if [ "$code" = 0 ]; then
             { install && run "$@"; } || code=$?
             [ "$code" != 0 ] || return 0
-            sleep "$wait_seconds" # until a preemption shows
+            until_gone "$code"
         elif [ "$code" != 75 ]; then
             return "$code"
         fi
         if [ "$(state)" = ACTIVE ]; then
+            if [ "$code" = 75 ]; then
+                say "stopped and saved, and the slice is still there: starting again on it"
+                continue
+            fi
             say "failed with exit code $code, and the slice is still there: not a preemption"
             return "$code"
         fi

@@ -222,9 +222,13 @@ echo "${{*//$'\\n'/ }}" >> calls
 case "$*" in
     *' create '*) echo ACTIVE > state ;;
     *' delete '*) rm -f state ;;
-    *' describe '*) cat state ;;
+    *' describe '*)
+        cat state
+        if [ -s lag ]; then sed -i 1d lag; [ -s lag ] || echo SUSPENDED > state; fi ;;
     *minillm_jax.main*)
         if [ -s preempt ]; then rm preempt; echo SUSPENDED > state; exit 255; fi
+        if [ -s late ]; then mv late lag; exit 255; fi
+        if [ -s term ]; then rm term; exit 75; fi
         exit "$(cat code 2> /dev/null || echo 0)" ;;
 esac"""
 TPU = ["--name", "n", "--zone", "z", "--type", "v5litepod-16", "--spot"]
@@ -254,6 +258,17 @@ def test_tpu_starts_again_after_a_preemption(gcloud, tmp_path):
     (tmp_path / "preempt").write_text("1", encoding="utf-8")
     once = ["create", "scp", "ssh", "main"]
     assert gcloud() == (0, [*once, "delete", *once])
+
+
+def test_tpu_waits_for_a_preemption_that_shows_late(gcloud, tmp_path):
+    (tmp_path / "late").write_text("1\n2\n3\n4\n", encoding="utf-8")  # states asked for before it
+    once = ["create", "scp", "ssh", "main"]
+    assert gcloud() == (0, [*once, "delete", *once])
+
+
+def test_tpu_starts_again_after_a_stop_on_a_slice_that_stays(gcloud, tmp_path):
+    (tmp_path / "term").write_text("1", encoding="utf-8")
+    assert gcloud() == (0, ["create", "scp", "ssh", "main", "scp", "ssh", "main"])
 
 
 def test_tpu_uses_the_slice_that_is_there_and_fails_as_the_run_does(gcloud, tmp_path):

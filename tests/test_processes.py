@@ -28,7 +28,8 @@ QUICK = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
-SPLIT = ("--config.mesh.fsdp=2",)
+# Four processes of one device each: both axes of the models lie across them.
+SPLIT = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 TRAIN = "--stages=teacher_answers,student_sft,distill"  # the evaluation of one process is `alone`'s
 
 # Before anything else in a process: it ends if it asks for another host.
@@ -44,13 +45,13 @@ sys.addaudithook(stay)
 """
 
 
-def start(folder, workdir, processes, *flags, **environ):
-    """Start the toy experiment on four devices as so many processes."""
+def start(folder, workdir, processes, *flags, devices=DEVICES, **environ):
+    """Start the toy experiment on so many devices as so many processes."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         address = f"localhost:{found.getsockname()[1]}"
     base = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    base |= {"XLA_FLAGS": xla_flags(DEVICES // processes)}
+    base |= {"XLA_FLAGS": xla_flags(devices // processes)}
     base |= QUICK | {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     command = [sys.executable, "-W", "ignore", "-m", "tests.killed_run"]
     command += ["--config", str(folder / "toy.py"), "--workdir", str(workdir), *flags]
@@ -70,9 +71,9 @@ def start(folder, workdir, processes, *flags, **environ):
     return started
 
 
-def run(folder, workdir, processes, *flags, **environ):
+def run(folder, workdir, processes, *flags, **options):
     """Run the toy experiment to its end; exit code, output and errors by rank."""
-    started = start(folder, workdir, processes, *flags, **environ)
+    started = start(folder, workdir, processes, *flags, **options)
     ended = [process.communicate(timeout=600) for process in started]
     return [(p.returncode, *texts) for p, texts in zip(started, ended, strict=True)]
 
@@ -147,6 +148,23 @@ def test_two_are_killed_and_four_go_on_and_then_one(folder, alone):
     assert [code for code, *_ in ended] == [-signal.SIGKILL] * 4
     assert "teacher_answers: done" in ended[0][2] and "student_sft: done" not in ended[0][2]
     ((code, _, error),) = run(folder, workdir, 1, "--config.mesh.tensor=2", TRAIN)
+    assert code == 0 and "student_sft: done" in error, error
+    same(workdir, alone)
+
+
+def test_eight_devices_are_killed_and_two_go_on_and_then_four(folder, alone):
+    """A checkpoint of one mesh goes on on another, of more devices or of fewer."""
+    workdir = folder / "shrunk"
+    eight = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    ((code, *_),) = run(folder, workdir, 1, *eight, devices=8, KILL_AT="student_sft/2")
+    assert code == -signal.SIGKILL
+    assert (workdir / "stages" / "student_sft" / "checkpoints" / "2").is_dir()
+    ((code, _, error),) = run(
+        folder, workdir, 1, "--config.mesh.fsdp=2", devices=2, KILL_AT="distill/2"
+    )
+    assert code == -signal.SIGKILL and "teacher_answers: done" in error, error
+    assert (workdir / "stages" / "distill" / "checkpoints" / "2").is_dir()
+    ((code, _, error),) = run(folder, workdir, 1, TRAIN, devices=4)
     assert code == 0 and "student_sft: done" in error, error
     same(workdir, alone)
 

@@ -236,7 +236,7 @@ class Embed(nn.Module):
         if c.positions == "learned":
             shape = (c.max_positions + c.position_offset, c.width)
             rows = _param(self, "positions", init, ("positions", "embed"), shape)
-            x = x + rows[positions + c.position_offset].astype(dtype)
+            x = x + constrain(rows, "positions", None)[positions + c.position_offset].astype(dtype)
         return constrain(x, *STATES)
 
 

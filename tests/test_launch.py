@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.toy_run import write_config
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.s*"))
@@ -98,6 +100,22 @@ def test_local_runs_main_with_several_processes(environ, tmp_path):
     assert all(line.startswith("[0] ") for line in lines)  # process 1 prints nothing
     described = json.loads("\n".join(line.removeprefix("[0] ") for line in lines))
     assert described["devices"]["count"] == 4
+
+
+def test_local_trains_with_several_processes_and_goes_on(environ, tmp_path):
+    config = write_config(tmp_path)
+    environ |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    run_it = ["local.sh", "--processes", "2", "--devices", "2", "--", "--config", str(config)]
+    run_it += ["--workdir", str(tmp_path / "w"), "--config.mesh.fsdp=2"]
+    for stages in ("teacher_answers,student_sft", "student_sft,distill"):
+        done = run(*run_it, f"--stages={stages}", environ=environ, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "[0] student_sft: done" in done.stdout + done.stderr
+    lines = (tmp_path / "w" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    places = [(row["stage"], row["step"]) for row in rows if "loss" in row]
+    assert {stage for stage, _ in places} == {"student_sft", "distill"}
+    assert len(places) == len(set(places))  # written by one of the two
 
 
 def test_local_ends_all_when_one_fails(environ, tmp_path):

@@ -277,7 +277,8 @@ class Data:
         }
 
     def batches(self, examples: Sequence[Example], batch_size: int) -> loader.Batches:
-        """Endless shuffled batches."""
+        """Endless shuffled batches; all processes must ask, and have the same examples."""
+        hosts.same(loader.digest(examples), "examples")
         return loader.batches(examples, batch_size, self.seed, **self.padding(examples))
 
     def ordered(

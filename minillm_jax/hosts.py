@@ -180,6 +180,21 @@ def agree(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
+def same(number: int, what: str) -> None:
+    """See that all processes have the same number from 0 to 2^31 - 1; every one must ask.
+
+    Raises:
+        InputError: on all of them, with the first that has another one than process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.asarray(number, np.int32)).ravel()
+    if (others := np.flatnonzero(found != found[0])).size:
+        raise InputError(
+            f"process {others[0]} reads other {what} than process 0: give all hosts the same files"
+        )
+
+
 def least(count: int) -> int:
     """The smallest of the counts of all processes; every one must ask."""
     if jax.process_count() == 1:

@@ -82,6 +82,16 @@ print("found", rank, hosts.is_main(), jax.process_count(), first)
         assert f"found {rank} {rank == 0} {count} (True, False)" in out
 
 
+def test_other_data_on_one_host_is_told_to_all(address):
+    body = """
+hosts.same(7, "examples")
+hosts.same(rank // 2, "examples")
+"""
+    for code, _, err in start(body, address, [0, 1, 2], 3):
+        assert code == 2
+        assert "error: process 2 reads other examples than process 0: give all hosts" in err
+
+
 def test_dry_run_prints_once(address, tmp_path):
     body = f"""
 from minillm_jax import main as command, pipeline

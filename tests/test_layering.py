@@ -13,7 +13,7 @@ MAX_FAMILY_LINES = 60
 
 # Imports go down, or stay within a layer; those of PEERLESS do not even know their neighbours.
 LAYERS = (
-    {"types", "axes", "hosts", "stopping"},
+    {"types", "axes", "hosts", "rollcall", "stopping"},
     {"models", "objectives", "data"},
     {"rollout", "optim", "train_state", "sharding", "reporting"},
     {"methods", "evaluation"},

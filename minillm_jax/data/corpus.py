@@ -41,8 +41,6 @@ class Batches:
     )  # [blocks, T], the smallest type that holds the vocabulary; int32 with PADDING
     order: grain.MapDataset[int]
     batch_size: int
-    process_index: int
-    process_count: int
 
     @property
     def epoch_length(self) -> int:
@@ -50,12 +48,11 @@ class Batches:
         return -(-len(self.blocks) // self.batch_size)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """This process's rows of global batch `i`, [B, T] int32."""
+        """The rows of batch `i`, [B, T] int32."""
         if i < 0:
             raise IndexError(f"batch {i}: batches are numbered from 0")
-        local = self.batch_size // self.process_count
-        start = i * self.batch_size + self.process_index * local
-        rows = np.array([self.order[j] for j in range(start, start + local)])
+        start = i * self.batch_size
+        rows = np.array([self.order[j] for j in range(start, start + self.batch_size)])
         return self.blocks[rows].astype(np.int32)
 
 
@@ -68,28 +65,24 @@ def batches(
     seed: int,
     most_blocks: int = MOST_BLOCKS,
     kept: Path | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Batches:
     """Tokenise text once, keep its blocks, and shuffle them anew in every epoch.
 
     Args:
         paths: files of `documents`, or `hub:OWNER/NAME[@REVISION]` with a field `text`, which is
             read as far as it is needed (OpenWebText is the paper's for GPT-2).
-        batch_size: blocks of all processes; each gets its consecutive share.
+        batch_size: blocks of an update.
         length: tokens of a block.
         most_blocks: reading stops there.
         kept: a file for the blocks. What it holds is taken as it is: a run that goes on needs
             neither the text nor a network, and sees the same blocks.
 
     Raises:
-        InputError: as `documents` and `hub.records`; no field `text`; less text than one block;
-            a batch size that the processes cannot share.
+        InputError: as `documents` and `hub.records`; no field `text`; less text than one block.
     """
-    if length < 2 or batch_size < 1 or batch_size % process_count:
+    if length < 2 or batch_size < 1:
         raise InputError(
-            f"corpus: batch size {batch_size} and length {length}; they must be at least 1 and 2, "
-            f"and the batch size a multiple of {process_count} processes"
+            f"corpus: batch size {batch_size} and length {length}; they must be at least 1 and 2"
         )
     if kept is not None and kept.exists():
         blocks = np.load(kept, mmap_mode="r", allow_pickle=False)
@@ -107,7 +100,7 @@ def batches(
         with part.open("wb") as file:
             np.save(file, blocks)
         part.replace(kept)
-    return Batches(blocks, _order(blocks, seed), batch_size, process_index, process_count)
+    return Batches(blocks, _order(blocks, seed), batch_size)
 
 
 def of_examples(examples: Sequence[Example], *, batch_size: int, length: int, seed: int) -> Batches:
@@ -119,7 +112,7 @@ def of_examples(examples: Sequence[Example], *, batch_size: int, length: int, se
     for block, example in zip(blocks, examples, strict=True):
         ids = (*example.prompt, *example.response)[:length]
         block[: len(ids)] = ids
-    return Batches(blocks, _order(blocks, seed), batch_size, 0, 1)
+    return Batches(blocks, _order(blocks, seed), batch_size)
 
 
 def _order(blocks: np.ndarray, seed: int) -> Any:

@@ -1,12 +1,16 @@
 """The order of training data, as a function of the batch index alone, and of evaluation data.
 
 Resuming needs no loader state: batch `i` is the same after a restart and for any number of hosts.
+Every host makes all of it, some kilobytes of ids, and `sharding.place` gives each device its rows:
+which these are follows from the mesh, where several processes may hold the same ones.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
+import numpy as np
 
 from minillm_jax.data.examples import Example, pad
 from minillm_jax.types import InputError, Sequences
@@ -26,8 +30,6 @@ class Batches:
     prompt_slots: int
     response_slots: int
     pad_id: int
-    process_index: int
-    process_count: int
 
     @property
     def epoch_length(self) -> int:
@@ -35,16 +37,15 @@ class Batches:
         return -(-self.epoch_examples // self.batch_size)
 
     def examples(self, i: int) -> list[Example]:
-        """This process's examples of global batch `i`."""
+        """The examples of batch `i`."""
         if i < 0:
             raise IndexError(f"batch {i}: batches are numbered from 0")
-        local = self.batch_size // self.process_count
-        start = i * self.batch_size + self.process_index * local
-        found = (self.stream[j] for j in range(start, start + local))
+        start = i * self.batch_size
+        found = (self.stream[j] for j in range(start, start + self.batch_size))
         return [example for example in found if example is not None]  # None only after a filter
 
     def __getitem__(self, i: int) -> Sequences:
-        """This process's rows of global batch `i`, padded."""
+        """The rows of batch `i`, padded."""
         return pad(self.examples(i), self.prompt_slots, self.response_slots, self.pad_id)
 
 
@@ -56,17 +57,13 @@ def batches(
     prompt_slots: int,
     response_slots: int,
     pad_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Batches:
     """Shuffle examples (or prompts without responses) anew in every epoch, in batches.
 
-    `batch_size` counts the rows of all processes; each process gets its consecutive share.
-
     Raises:
-        InputError: no examples, or a batch size that the processes cannot share.
+        InputError: no examples, or a batch of none.
     """
-    _check(examples, batch_size, process_count)
+    _check(examples, batch_size)
     # The seed goes through `seed`, which hashes it: `shuffle(seed)` would use seed + epoch, and
     # runs with neighbouring seeds would see each other's epochs.
     stream = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
@@ -77,8 +74,6 @@ def batches(
         prompt_slots=prompt_slots,
         response_slots=response_slots,
         pad_id=pad_id,
-        process_index=process_index,
-        process_count=process_count,
     )
 
 
@@ -89,8 +84,6 @@ def ordered(
     prompt_slots: int,
     response_slots: int,
     pad_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[tuple[Sequences, int]]:
     """Go through the examples once, in order: (batch, how many of its first rows are real).
 
@@ -98,22 +91,27 @@ def ordered(
     last example's: an empty one would leave attention nothing to attend to.
 
     Raises:
-        InputError: no examples, or a batch size that the processes cannot share.
+        InputError: no examples, or a batch of none.
     """
-    _check(examples, batch_size, process_count)
-    local = batch_size // process_count
+    _check(examples, batch_size)
     filler = Example(prompt=examples[-1].prompt, row=examples[-1].row)
     for start in range(0, len(examples), batch_size):
-        first = start + process_index * local
-        real = list(examples[first : first + local])
-        filled = real + [filler] * (local - len(real))
+        real = list(examples[start : start + batch_size])
+        filled = real + [filler] * (batch_size - len(real))
         yield pad(filled, prompt_slots, response_slots, pad_id), len(real)
 
 
-def _check(examples: Sequence[Example], batch_size: int, process_count: int) -> None:
+def digest(examples: Sequence[Example]) -> int:
+    """A number of 31 bits that other examples would hardly have."""
+    found = 0
+    for example in examples:
+        for part in (example.prompt, example.response):
+            found = zlib.crc32(np.array([len(part), *part], np.int64).tobytes(), found)
+    return found >> 1
+
+
+def _check(examples: Sequence[Example], batch_size: int) -> None:
     if not examples:
         raise InputError("no examples to load; give a file that has rows")
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(
-            f"batch size {batch_size} is not a multiple of {process_count} processes; change it"
-        )
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size}: give at least 1")

@@ -136,13 +136,6 @@ def test_blocks_that_were_kept_need_no_text(toy: Tokenizer, tmp_path: Path):
         batches([file], toy, **SIZES, kept=tmp_path / "other.npy")
 
 
-def test_processes_share_the_global_batch(toy: Tokenizer, tmp_path: Path):
-    whole = numbered(toy, tmp_path, 5, batch_size=4)
-    share = {"batch_size": 4, "process_count": 2}
-    parts = [numbered(toy, tmp_path, 5, process_index=k, **share) for k in range(2)]
-    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), whole[1])
-
-
 def test_what_is_no_corpus_is_refused(toy: Tokenizer, tmp_path: Path):
     good = write(tmp_path / "good.txt", "one two three red green blue cat dog bird")
     for path, words in (
@@ -157,8 +150,7 @@ def test_what_is_no_corpus_is_refused(toy: Tokenizer, tmp_path: Path):
         assert ";" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="no file holds less than one block"):
         batches([], toy, **SIZES)
-    wrong: tuple = ({"batch_size": 0}, {"length": 1}, {"batch_size": 3, "process_count": 2})
-    for changes in wrong:
+    for changes in ({"batch_size": 0}, {"length": 1}):
         with pytest.raises(InputError, match="corpus: batch size"):
             batches([good], toy, **{**SIZES, **changes})
 

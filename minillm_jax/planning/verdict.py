@@ -189,16 +189,25 @@ def cures(config: Any, found: Plan) -> list[str]:
         if fixed > memory:
             least = math.ceil(fixed * len(found.target.devices) / memory)
             split = found.mesh["fsdp"] * found.mesh["tensor"]
+            more = f"take more than {least} such chips, for parameters and moments alone"
             if split < len(found.target.devices):
-                cure = "split the models: --config.mesh.data=1 --config.mesh.fsdp=-1"
-            else:
-                cure = f"take more than {least} such chips, for parameters and moments alone"
-            said.append(f"{over}: {cure}")
+                then = _split(config, found, f)
+                cure = "split the models: --config.mesh.data=1 --config.mesh.fsdp=-1, which leaves"
+                cure += f" about {then / GIB:.1f} GiB of parameters and moments"
+                more = f"{cure}; and {more}" if then > memory else cure
+            said.append(f"{over}: {more}")
             continue
         steps = list(_smaller(config, found, f.name))
         more = "more chips, or --config.mesh.tensor above " + str(found.mesh["tensor"])
         said.append(f"{over}: try {', then '.join([*steps, more])}")
     return said
+
+
+def _split(config: Any, found: Plan, f: Figures) -> float:
+    """Bytes of the arguments of a program, about, were `data` devices added to `fsdp`."""
+    names = ("parameters", "optimizer", *(["teacher"] if config.teacher.fsdp else []))
+    ways = found.mesh["data"]
+    return sum(size / (ways if name in names else 1) for name, size in f.parts.items())
 
 
 def _smaller(config: Any, found: Plan, name: str):

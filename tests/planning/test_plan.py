@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -148,6 +149,21 @@ def test_a_model_that_is_too_large_is_told_so_with_a_cure(tmp_path):
     assert verdict.cures(config, dataclasses.replace(found, mesh={"fsdp": 1, "tensor": 1})) == [
         said
     ]
+    # On several it says whether they suffice, from what the split arguments really take.
+    for memory, enough in ((50 * GIB, True), (30 * GIB, False)):
+        config = pair(tmp_path, data=-1)
+        config.teacher.path = config.student.path = "hf:EleutherAI/gpt-j-6b"
+        chip = dataclasses.replace(GPUS["a100"], memory=memory)
+        here, only = dataclasses.replace(target("a100:2"), chip=chip), ("distill update",)
+        (said,) = verdict.cures(config, verdict.plan(config, tmp_path, here, only=only))
+        split = Shapes(
+            verdict.changed(config, {"mesh": {"data": 1, "fsdp": -1}}), tmp_path, here.devices
+        )
+        program = next(one for one in programs.programs(split) if one.name == only[0])
+        words = r"split the models: --config.mesh.data=1 .* about ([\d.]+) GiB of parameters"
+        number = float(re.search(words, said)[1])  # type: ignore[index]
+        assert number * GIB == pytest.approx(sum(program.parts.values()), rel=0.02)
+        assert ("; and take more than" in said) != enough
 
 
 @pytest.mark.parametrize(

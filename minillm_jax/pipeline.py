@@ -28,7 +28,13 @@ from minillm_jax.models import abstract_params
 from minillm_jax.reporting import watch
 from minillm_jax.reporting.progress import print_table
 from minillm_jax.reporting.report import write_report
-from minillm_jax.reporting.writers import MetricsWriter, read_json, read_rows, write_json
+from minillm_jax.reporting.writers import (
+    MetricsWriter,
+    read_json,
+    read_rows,
+    summary_writer,
+    write_json,
+)
 from minillm_jax.stages import Outcome, Run
 from minillm_jax.stages.plan import Plan, Stage, plan
 from minillm_jax.trainer import TrainingStopped
@@ -131,6 +137,8 @@ def execute(
     if "teacher_sft" in stages and is_done(workdir, stages, "teacher_sft"):
         build.follow(tuned)
     stopping.check()
+    if config.tensorboard:
+        summary_writer()  # before models are fetched
     if set(to_do) - {"report"}:
         build.preflight(to_do)
     hosts.barrier("preflight")  # else one may write what another is still looking at

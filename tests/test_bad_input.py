@@ -355,7 +355,6 @@ def environment(name: str, value: str) -> Prepare:
 
 case("pip without network", without_network, "cannot fetch llm-nothing==1.0 (no network); check")
 case("TensorBoard missing", without_tensorboard, "pip install tensorboardX")
-BEGUN.add("TensorBoard missing")
 case("a file for a folder", in_the_way, "Not a directory")
 case("nothing may be written", ["--workdir=/proc/minillm/run"], "/proc/minillm")
 case("no run to fork", lambda f, p: [f"--fork={f}"], "holds no run: give its work directory to")

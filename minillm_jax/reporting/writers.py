@@ -179,7 +179,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: str | Path, tensorboard: bool = False):
         self.path = Path(workdir) / "metrics.jsonl"
-        self._summary_writer = _summary_writer() if tensorboard and hosts.is_main() else None
+        self._summary_writer = summary_writer() if tensorboard and hosts.is_main() else None
         self._boards: dict[str, Any] = {}
         self._metrics, self._times = RowLog(self.path), RowLog(self.path.with_name("timing.jsonl"))
 
@@ -261,7 +261,8 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _summary_writer() -> Any:
+def summary_writer() -> Any:
+    """Return tensorboardX's class; `InputError` with the pip line where it is missing."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:

@@ -1,11 +1,13 @@
 """Who is there: every process tells process 0 its rank, before jax connects them.
 
 jax waits until all are there and does not say who is missing. So process 0 listens first at the
-address where jax will listen after it, for a line of each of the others, "minillm RANK COUNT", and
-sends all of them what came of it: "go", or the reason why not.
+address where jax will listen after it, for a line of each of the others, "minillm RANK COUNT NAME",
+and sends all of them what came of it: "go", or the reason why not. NAME is drawn by each process:
+one that calls again, after its connection was lost, is no second one.
 """
 
 import contextlib
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,8 @@ from minillm_jax.types import InputError
 _PAUSE = 0.2  # seconds between two tries to reach process 0
 _LINE = 4096  # most bytes of a line
 _READ = 5.0  # most seconds for a line of somebody who has connected
+
+Callers = dict[int, tuple[str, socket.socket]]  # by rank: name and connection
 
 
 def roll_call(address: str, count: int, rank: int, seconds: float) -> None:
@@ -28,13 +32,14 @@ def roll_call(address: str, count: int, rank: int, seconds: float) -> None:
     until = time.monotonic() + seconds
     host, _, port = address.rpartition(":")
     if rank:
-        _answer(host.strip("[]"), int(port), f"minillm {rank} {count}\n", until)
+        line = f"minillm {rank} {count} {secrets.token_hex(8)}\n"
+        _answer(host.strip("[]"), int(port), line, until)
     else:
         _ask(int(port), count, until)
 
 
 def _ask(port: int, count: int, until: float) -> None:
-    callers: dict[int, socket.socket] = {}
+    callers: Callers = {}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listening(port))
         said = "go"
@@ -50,10 +55,10 @@ def _ask(port: int, count: int, until: float) -> None:
             said = str(error)
             raise
         finally:
-            for caller in callers.values():
+            for _, caller in callers.values():
                 with contextlib.suppress(OSError):
                     caller.sendall(said.encode() + b"\n")
-            for caller in callers.values():  # that they leave first frees the port at once
+            for _, caller in callers.values():  # that they leave first frees the port at once
                 with contextlib.suppress(OSError):
                     caller.recv(1)
 
@@ -65,23 +70,24 @@ def _listening(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def _enter(callers: dict[int, socket.socket], caller: socket.socket, count: int) -> None:
+def _enter(callers: Callers, caller: socket.socket, count: int) -> None:
     """Note who called; what is no process of a run is let go."""
     caller.settimeout(_READ)
     try:
-        word, *numbers = _line(caller).split()
+        word, *numbers, name = _line(caller).split()
         rank, its_count = map(int, numbers)
     except (OSError, ValueError):
         return
     if word != "minillm" or rank < 1:
         return
     if its_count != count:
-        callers[rank] = caller
+        callers[rank] = name, caller
         raise InputError(f"process {rank} says that there are {its_count} processes, not {count}")
-    if rank in callers and _alive(callers[rank]):
-        callers[count] = caller  # to be told, too
+    before = callers.get(rank)
+    if before and before[0] != name and _alive(before[1]):
+        callers[count] = name, caller  # to be told, too
         raise InputError(f"two processes say that they are process {rank}: count them from 0")
-    callers[rank] = caller
+    callers[rank] = name, caller
 
 
 def _alive(caller: socket.socket) -> bool:

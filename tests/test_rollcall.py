@@ -1,5 +1,6 @@
 """Processes that call process 0, as threads: who is missing, who is there twice, who is strange."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -85,7 +86,7 @@ def test_strangers_and_the_dead_are_no_processes(address):
     host, port = address.split(":")
 
     def strange():
-        for line in (b"", b"GET / HTTP/1.1\r\n\r\n", b"minillm 0 3\n", b"minillm 1 3\n"):
+        for line in (b"", b"GET / HTTP/1.1\r\n\r\n", b"minillm 0 3 a\n", b"minillm 1 3 b\n"):
             with socket.create_connection((host, int(port))) as peer:
                 peer.sendall(line)
                 peer.shutdown(socket.SHUT_WR)
@@ -101,6 +102,22 @@ def test_strangers_and_the_dead_are_no_processes(address):
         time.sleep(0.3)
         assert not first.done()
         assert called(address, [1, 2], 3, 20) == [None] * 2
+        assert first.result() is None
+
+
+def test_one_that_calls_again_is_no_second_one(address):
+    """Its first connection may look alive to process 0: what was lost on the way says nothing."""
+    host, port = address.split(":")
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as held:
+        first = pool.submit(roll_call, address, 3, 0, 20)
+        peers = []
+        while len(peers) < 2:
+            with contextlib.suppress(ConnectionRefusedError):
+                peers.append(held.enter_context(socket.create_connection((host, int(port)))))
+                peers[-1].sendall(b"minillm 1 3 me\n")
+        roll_call(address, 3, 2, 20)
+        assert peers[1].recv(9) == b"go\n"
+        held.close()
         assert first.result() is None
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax._src.distributed import global_state  # the address that a cluster gave is only there
 from jax.experimental import multihost_utils
 
-from minillm_jax.rollcall import roll_call
+from minillm_jax.rollcall import Absent, roll_call
 from minillm_jax.types import InputError
 
 _PORTS = 65535
@@ -41,7 +41,8 @@ def connect() -> None:
     error and exit code 2.
 
     Raises:
-        InputError: a variable is wrong, no cluster is found, or process 0 cannot listen.
+        InputError: a variable is wrong, no cluster is found, process 0 cannot listen, or the others
+            are not those that the variables tell of.
     """
     stop_code()
     place = _place()
@@ -72,9 +73,11 @@ def _call(address: str, count: int, rank: int, seconds: int) -> None:
     """
     try:
         roll_call(address, count, rank, seconds)
-    except InputError as error:
-        waited = f"process {rank} of {count} waited up to {seconds} s at {address}"
+    except Absent as error:
+        waited = f"process {rank} of {count} waited {seconds} s at {address}"
         raise InputError(f"{waited}: {error}; {_CURE}") from error
+    except InputError as error:
+        raise InputError(f"process {rank} of {count} at {address}: {error}") from error
     except OSError as error:
         raise _unreachable(address, error) from error
 

@@ -60,10 +60,7 @@ def test_process_0_may_come_late(address):
     ],
 )
 def test_those_that_are_missing_are_named(address, ranks, count, missing):
-    first, *others = called(address, ranks, count, 1.5)
-    assert first == missing
-    for said in others:
-        assert said in (missing, "process 0 still waits for others, whom its own line will name")
+    assert called(address, ranks, count, 1.5) == [missing] * len(ranks)
 
 
 def test_without_process_0_it_is_process_0_that_is_missing(address):
@@ -81,66 +78,94 @@ def test_another_number_of_processes_is_told(address):
     assert said == ["process 1 says that there are 4 processes, not 2"] * 2
 
 
-def test_strangers_and_the_dead_are_no_processes(address):
-    """A port is open to all: what says nothing, nonsense or 0 does not count, nor who has left."""
+def open_to(address):
+    """A connection to process 0, which is about to listen."""
     host, port = address.split(":")
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection((host, int(port)))
+        time.sleep(0.02)
 
-    def strange():
-        for line in (b"", b"GET / HTTP/1.1\r\n\r\n", b"minillm 0 3 a\n", b"minillm 1 3 b\n"):
-            with socket.create_connection((host, int(port))) as peer:
-                peer.sendall(line)
-                peer.shutdown(socket.SHUT_WR)
 
+STRANGE = (b"", b"GET / HTTP/1.1\r\n\r\n", b"minillm 0 3 a\n", b"minillm 3 3 a\n", b"minillm 1 x\n")
+
+
+def test_strangers_and_the_dead_are_no_processes(address):
+    """A port is open to all: what says nothing or nonsense does not count, nor who has left."""
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(roll_call, address, 3, 0, 20)
-        for _ in range(100):
-            try:
-                strange()
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-        time.sleep(0.3)
-        assert not first.done()
-        assert called(address, [1, 2], 3, 20) == [None] * 2
+        for line in (*STRANGE, b"minillm 1 3 a\n"):
+            with open_to(address) as peer:
+                peer.sendall(line)
+        with open_to(address) as second:  # two have called; one of them has left
+            second.sendall(b"minillm 2 3 b\n")
+            time.sleep(0.5)
+            assert not first.done()
+            roll_call(address, 3, 1, 20)
+            assert second.recv(20) == b"minillm go\n"
         assert first.result() is None
+
+
+def test_what_is_no_process_0_is_not_believed(address):
+    host, port = address.split(":")
+    stop = threading.Event()
+
+    def web_server():
+        with socket.create_server((host, int(port))) as server:
+            server.settimeout(0.1)
+            while not stop.is_set():
+                with contextlib.suppress(TimeoutError), server.accept()[0] as caller:
+                    caller.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+
+    other = threading.Thread(target=web_server)
+    other.start()
+    try:
+        (said,) = called(address, [1], 2, 1)
+    finally:
+        stop.set()
+        other.join()
+    assert said == "process 0 was there and has gone"
+
+
+def test_a_process_0_that_fails_sends_nobody_on(address, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(rollcall, "_enter", fail)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(roll_call, address, 2, 0, 20)
+        (said,) = called(address, [1], 2, 2)
+        assert said and said != "go" and isinstance(first.exception(), RuntimeError)
 
 
 def test_one_that_calls_again_is_no_second_one(address):
     """Its first connection may look alive to process 0: what was lost on the way says nothing."""
-    host, port = address.split(":")
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as held:
         first = pool.submit(roll_call, address, 3, 0, 20)
-        peers = []
-        while len(peers) < 2:
-            with contextlib.suppress(ConnectionRefusedError):
-                peers.append(held.enter_context(socket.create_connection((host, int(port)))))
-                peers[-1].sendall(b"minillm 1 3 me\n")
+        peers = [held.enter_context(open_to(address)) for _ in range(2)]
+        for peer in peers:
+            peer.sendall(b"minillm 1 3 me\n")
         roll_call(address, 3, 2, 20)
-        assert peers[1].recv(9) == b"go\n"
+        assert peers[1].recv(20) == b"minillm go\n"
         held.close()
         assert first.result() is None
 
 
-def test_a_silent_caller_holds_nobody_up_for_long(address, monkeypatch):
-    monkeypatch.setattr(rollcall, "_READ", 0.2)
-    host, port = address.split(":")
-    done = threading.Event()
-
-    def silent():
-        while not done.is_set():
-            try:
-                with socket.create_connection((host, int(port))):
-                    done.wait(10)
-            except ConnectionRefusedError:
+def test_slow_callers_hold_nobody_up_for_long(address, monkeypatch):
+    monkeypatch.setattr(rollcall, "_READ", 0.3)
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(roll_call, address, 2, 0, 20)
+        with open_to(address), open_to(address) as drop:  # one says nothing, one a byte at a time
+            other = threading.Thread(target=roll_call, args=(address, 2, 1, 20))
+            other.start()
+            while not first.done() and time.monotonic() - began < 10:
+                with contextlib.suppress(OSError):
+                    drop.sendall(b"m")
                 time.sleep(0.05)
-
-    other = threading.Thread(target=silent)
-    other.start()
-    try:
-        assert called(address, [0, 1], 2, 20) == [None] * 2
-    finally:
-        done.set()
+        assert first.result() is None
         other.join()
+    assert time.monotonic() - began < 5
 
 
 def test_a_port_in_use_is_an_error_of_the_system():

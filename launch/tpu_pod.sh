@@ -143,7 +143,8 @@ train() {
         delete
         return
     fi
-    local code now
+    # Two that run on one slice would end each other in turn for ever.
+    local code now stops=5
     while true; do
         code=0 now=$(state)
         if [ "$now" != ACTIVE ]; then
@@ -158,7 +159,7 @@ train() {
             return "$code"
         fi
         if [ "$(state)" = ACTIVE ]; then
-            if [ "$code" = 75 ]; then
+            if [ "$code" = 75 ] && ((--stops > 0)); then
                 say "stopped and saved, and the slice is still there: starting again on it"
                 continue
             fi

@@ -121,7 +121,8 @@ def kept_whole(sizes: Mapping[str, int], mesh: Any) -> list[str]:
             near = nearest(sizes[name], ways, mesh)
             found.append(
                 f"{sizes[name]} entries of axis {name!r} are no multiple of mesh {entry}={ways}:"
-                f" every device holds them whole; the nearest that divides is {entry}={near}"
+                " every device has them whole along that axis; the nearest that divides is"
+                f" {entry}={near}"
             )
     return found
 

@@ -52,4 +52,8 @@ def in_words(build: Builder, name: str, model: DecoderConfig) -> str:
     line += "(devices x rows at once x micro-batches)"
     if s.rollouts:
         line += f", {s.updates_per_round} per collection of {s.rollouts}"
-    return "; ".join([line, *kept_whole(model.axis_sizes, build.mesh)])
+    said = [line, *kept_whole(model.axis_sizes, build.mesh)]
+    if name == "distill" and build.outline.needs_teacher:
+        copied = kept_whole(build.teacher_config.axis_sizes, build.mesh)
+        said += [f"of the teacher, {line}" for line in copied]
+    return "; ".join(said)

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         raise InputError("no experiment given: add --config configs/quickstart.py")
     if not TOPOLOGY.value:
         raise InputError("no machine given: add --topology, such as v5p:4x4x4, h100:8 or cpu")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here, whatever else the machine has
+    _on_cpu()
     _simulate(TOPOLOGY.value)
     from minillm_jax.planning import estimate, search, table, targets, verdict
     from minillm_jax.reporting.writers import write_json
@@ -70,9 +70,16 @@ def main(argv: list[str]) -> None:
 
 def _refuse_unwritable(file: Path) -> None:
     """Refuse a file that cannot be written before minutes of compilation rather than after."""
-    there = next(path for path in file.absolute().parents if path.exists())
+    there = next((path for path in file.absolute().parents if path.exists()), file)
     if file.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f"--json={file} cannot be written: choose another file")
+
+
+def _on_cpu() -> None:
+    """Nothing is run here, whatever the machine has: before a device is touched."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _simulate(topology: str) -> None:

@@ -236,6 +236,8 @@ class Embed(nn.Module):
         if c.positions == "learned":
             shape = (c.max_positions + c.position_offset, c.width)
             rows = _param(self, "positions", init, ("positions", "embed"), shape)
+            # Gathered first, too: what is looked up along split features is copied to be split
+            # over the batch.
             x = x + constrain(rows, "positions", None)[positions + c.position_offset].astype(dtype)
         return constrain(x, *STATES)
 

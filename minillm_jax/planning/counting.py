@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from minillm_jax.planning.hlo import Instruction, group, parse
+from minillm_jax.planning.hlo import Instruction, groups, parse
 from minillm_jax.planning.products import operations
 
 COLLECTIVES = (
@@ -34,7 +34,7 @@ class Work:
     bytes: float = 0.0
     collective: str = ""  # its kind
     moved: float = 0.0  # bytes of the larger side of a collective
-    group: tuple[int, ...] = (0,)  # the devices that take part in one of them
+    groups: tuple[tuple[int, ...], ...] = ((0,),)  # of devices that take part in one of it
 
 
 def _cost(run: list[Work]) -> tuple[float, float]:
@@ -159,7 +159,7 @@ class Counter:
         sizes = [shape.bytes for shape in i.shapes]
         # A start carries its operands along: all but them is the result.
         made = max(sizes, default=0) if i.op.endswith("-start") else sum(sizes)
-        return Work(i.where, 1.0, 0.0, 0.0, kind, max(given, made), group(i, self.devices))
+        return Work(i.where, 1.0, 0.0, 0.0, kind, max(given, made), groups(i, self.devices))
 
     # Operations.
 
@@ -180,8 +180,8 @@ class Counter:
         if "AllocateBuffer" in i.attributes:
             return 0.0
         names = i.called.get("calls") or i.called.get("called_computations")
-        if not names or names[0] not in self.computations:
-            return float(i.bytes)
+        if not names or names[0] not in self.computations:  # a kernel: all it is given and gives
+            return self._moved(outside, i)
         computation = self.computations[names[0]]
         total = float(min(i.bytes, self._written(computation, _root(computation))))
         for parameter in computation.values():

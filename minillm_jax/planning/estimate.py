@@ -175,13 +175,13 @@ def _counted(program: Program, target: Target, layers: Any) -> tuple[dict[str, f
 
 def network_seconds(work: counting.Work, target: Target) -> float:
     """Seconds of one collective: rings in which every device sends (n - 1) / n of the bytes."""
-    n, link = len(work.group), target.link(work.group)
+    n = len(work.groups[0])
     if n < 2:
         return 0.0
     if work.collective.startswith("collective-"):
-        return work.moved / link + HOP
+        return work.moved / target.link(work.groups, ring=False) + HOP
     rounds = 2 if work.collective == "all-reduce" else 1
-    return rounds * (work.moved * (n - 1) / n / link + HOP * (n // 2))
+    return rounds * (work.moved * (n - 1) / n / target.link(work.groups) + HOP * (n // 2))
 
 
 def _compile(lowered: Any) -> Any:

@@ -115,26 +115,30 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"no end of {text[start : start + 40]!r}")
 
 
-def group(i: Instruction, devices: int) -> tuple[int, ...]:
-    """The devices of one group of a collective, by their places in the mesh."""
+def groups(i: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The groups of devices of a collective, by places in the mesh; of a permute its pairs."""
     if i.op.startswith("collective-permute"):
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes)
-        far = max(pairs, key=lambda pair: abs(int(pair[0]) - int(pair[1])), default=(0, 1))
-        return int(far[0]), int(far[1])
-    groups = re.search(r"replica_groups=(.*)", i.attributes)
-    text = groups[1] if groups else ""
+        return tuple((int(a), int(b)) for a, b in pairs if a != b) or ((0, 1),)
+    given = re.search(r"replica_groups=(.*)", i.attributes)
+    text = given[1] if given else ""
     if found := re.match(r"mesh\[(.*?)\]\s*\{(.*?)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
         chosen = re.findall(r"'([^']+)'", found[2])
         mesh = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-        first = tuple(slice(None) if name in chosen else 0 for name in sizes)
-        return tuple(mesh[first].ravel().tolist())
+        order = sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in chosen)
+        size = math.prod(sizes[name] for name in chosen)
+        return _tuples(mesh.transpose(order).reshape(-1, size))
     if found := re.match(r"\[(\d+),(\d+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", text):
         count, size = int(found[1]), int(found[2])
         dims = [int(n) for n in (found[3] or str(count * size)).split(",")]
         order = [int(n) for n in found[4].split(",")] if found[4] else range(len(dims))
-        laid = np.arange(count * size).reshape(dims).transpose(order).reshape(count, size)
-        return tuple(laid[0].tolist())
-    if found := re.match(r"\{\{([\d,]+)\}", text):
-        return tuple(int(n) for n in found[1].split(","))
-    return tuple(range(devices))
+        return _tuples(np.arange(count * size).reshape(dims).transpose(order).reshape(count, size))
+    if found := re.match(r"\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", text):
+        inner = re.findall(r"\{([\d,]+)\}", found[1])
+        return tuple(tuple(int(n) for n in one.split(",")) for one in inner)
+    return (tuple(range(devices)),)
+
+
+def _tuples(rows: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, rows.tolist()))

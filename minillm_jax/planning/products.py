@@ -10,7 +10,7 @@ from minillm_jax.planning.hlo import Instruction
 
 # Products [block, h] x [h, block], or of that size, that Splash computes for each pair of a query
 # and a key block: S and O forward; for the gradients S and dP again, with dV and dK, or dQ.
-_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)\w*(?:\.\d+)?$")
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)_")
 _PAIRS = {"fwd": 2, "dkv": 4, "dq": 3}
 
 
@@ -31,15 +31,15 @@ def operations(computation: Mapping[str, Instruction], i: Instruction) -> float:
 def _splash(computation: Mapping[str, Instruction], i: Instruction, kind: str) -> float:
     """FLOPs of a Splash kernel (`models/kernels.py`), whose body is not in the text.
 
-    Its first operand [1, n, n] says which of the n x n pairs of blocks are computed; those behind
-    the causal diagonal are not, and under a window no more than a row of it has. The third is
-    q [B, H, T, h], and a kernel for the gradients of k and v that gives dq, too, has one more
-    array of that size for each block of keys.
+    Its first operand [1, n, n] is the grid of pairs of blocks, of which those behind the causal
+    diagonal are not computed; under a window one side is as short as the window has blocks. The
+    third is q [B, H, T, h], and a kernel for the gradients of k and v that gives dq, too, has one
+    more array of that size for each block of keys.
     """
     pairs = computation[i.operands[0]].shapes[0].dims
     *batch, slots, width = computation[i.operands[2]].shapes[0].dims
-    blocks, across = pairs[-2:]
-    computed = min(blocks * (blocks + 1) // 2, blocks * across)
+    across, blocks = sorted(pairs[-2:])
+    computed = sum(min(i + 1, across) for i in range(blocks))
     with_dq = kind == "dkv" and any(len(s.dims) == len(batch) + 3 for s in i.shapes)
     block = slots // blocks
     return 2.0 * (_PAIRS[kind] + with_dq) * math.prod(batch) * computed * block**2 * width

@@ -8,19 +8,21 @@ candidate leaves as it was is compiled once.
 
 import copy
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from minillm_jax.planning.estimate import Figures, measure
 from minillm_jax.planning.programs import Program, meshes, programs
 from minillm_jax.planning.shapes import Shapes
-from minillm_jax.planning.targets import Target
+from minillm_jax.planning.targets import BUSY, Target
 from minillm_jax.planning.verdict import SECTION_OF, Plan, changed, divides, flags, plan
 from minillm_jax.types import InputError
 
 Changes = dict[str, dict[str, Any]]
 
 REMAT = ("none", "dots", "full")
+_SIDE_BY_SIDE = 4  # meshes that are tried in turn until one fits, or has nothing left
 _COLLECT = "collect"
 
 
@@ -28,23 +30,30 @@ def search(config: Any, workdir: Path, target: Target, most: int) -> list[tuple[
     """Compile up to `most` candidates and rank those that fit by time; those that do not, last."""
     made: dict[tuple, Figures] = {}
     found: list[tuple[Changes, Plan]] = []
-    for first in beginnings(config, workdir, target):
-        changes: Changes | None = first
-        while changes is not None and len(found) < most:
-            print(f"{len(found) + 1} of up to {most}: {flags(changes)}", file=sys.stderr)
-            now = changed(config, changes)
+    waiting = deque(beginnings(config, workdir, target))
+    while waiting and len(found) < most:
+        changes = waiting.popleft()
+        print(f"{len(found) + 1} of up to {most}: {flags(changes)}", file=sys.stderr)
+        now = changed(config, changes)
+        try:
             one = plan(now, workdir, target, measured=_once(made, changes))
-            found.append((changes, one))
-            changes = None if one.fits else squeezed(now, changes, one)
+        except InputError as error:
+            if str(error) == BUSY:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found.append((changes, one))
+        if not one.fits and (after := squeezed(now, changes, one)):
+            waiting.insert(_SIDE_BY_SIDE - 1, after)
     return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].seconds))
 
 
 def beginnings(config: Any, workdir: Path, target: Target) -> list[Changes]:
     """A candidate for every mesh that the batches and models allow.
 
-    Those first that need least memory and move least: models split over all devices by `fsdp`.
+    Those first that need least memory: models split over all devices by `fsdp`.
     """
-    found: list[tuple[tuple, Changes]] = []
+    found: list[tuple[int, Changes]] = []
     for sizes in meshes(len(target.devices)):
         try:
             build = Shapes(changed(config, {"mesh": sizes}), workdir, target.devices)
@@ -56,7 +65,7 @@ def beginnings(config: Any, workdir: Path, target: Target) -> list[Changes]:
             if section := SECTION_OF.get(program.name):
                 rows = config[section].batch_size // build.ways
                 changes[section] = {"micro_batch": rows, "remat": REMAT[0]}
-        found.append(((sizes["tensor"], sizes["data"]), changes))
+        found.append((sizes["tensor"] * sizes["data"], changes))
     return [changes for _, changes in sorted(found, key=lambda one: one[0])]
 
 

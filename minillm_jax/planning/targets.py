@@ -44,19 +44,21 @@ class Target:
     shape: tuple[int, ...] = ()  # of a TPU's slice
     note: str = ""  # what its compiler leaves out
 
-    def link(self, group: Sequence[int]) -> float:
-        """Bytes/s at which a device sends to the ring of a collective over the devices `group`.
+    def link(self, groups: Sequence[Sequence[int]], ring: bool = True) -> float:
+        """Bytes/s at which a device sends in a collective over these groups of devices.
 
-        Beyond a node of GPUs it is the network's. On a torus one over all devices uses every axis,
-        any other a single one; an axis has two directions where it closes to a ring.
+        Where one of them goes beyond a node of GPUs it is the network's. On a torus a `ring` over
+        all devices uses every axis, any other a single one, and an axis has two directions where it
+        closes; what is sent to one other device goes over one link.
         """
         if node := self.chip.node:
-            within = len({place // node for place in group}) == 1
+            within = all(len({place // node for place in group}) == 1 for group in groups)
             return self.chip.link if within else self.chip.network
-        if not self.shape:
+        if not (self.shape and ring):
             return self.chip.link
         ways = [2 if n % self.chip.ring == 0 else 1 for n in self.shape if n > 1] or [1]
-        return self.chip.link * (sum(ways) if len(group) >= len(self.devices) else min(ways))
+        everyone = len(groups[0]) >= len(self.devices)
+        return self.chip.link * (sum(ways) if everyone else min(ways))
 
 
 def known() -> str:

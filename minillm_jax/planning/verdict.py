@@ -187,15 +187,14 @@ def cures(config: Any, found: Plan) -> list[str]:
         fixed = sum(f.parts.values()) + f.held
         over = f"{f.name} needs {f.peak / GIB:.1f} GiB of {memory / GIB:.1f}"
         if fixed > memory:
-            least = math.ceil(fixed * len(found.target.devices) / memory)
-            split = found.mesh["fsdp"] * found.mesh["tensor"]
-            more = f"take more than {least} such chips, for parameters and moments alone"
-            if split < len(found.target.devices):
-                then = _split(config, found, f)
-                cure = "split the models: --config.mesh.data=1 --config.mesh.fsdp=-1, which leaves"
-                cure += f" about {then / GIB:.1f} GiB of parameters and moments"
-                more = f"{cure}; and {more}" if then > memory else cure
-            said.append(f"{over}: {more}")
+            then = _split(config, found, f)
+            least = math.ceil(then * len(found.target.devices) / memory)
+            cure = f"take at least {least} such chips, for parameters and moments alone"
+            if found.mesh["fsdp"] * found.mesh["tensor"] < len(found.target.devices):
+                split = "split the models: --config.mesh.data=1 --config.mesh.fsdp=-1, which leaves"
+                split += f" about {then / GIB:.1f} GiB of parameters and moments"
+                cure = f"{split}; and {cure}" if then > memory else split
+            said.append(f"{over}: {cure}")
             continue
         steps = list(_smaller(config, found, f.name))
         more = "more chips, or --config.mesh.tensor above " + str(found.mesh["tensor"])
@@ -204,10 +203,12 @@ def cures(config: Any, found: Plan) -> list[str]:
 
 
 def _split(config: Any, found: Plan, f: Figures) -> float:
-    """Bytes of the arguments of a program, about, were `data` devices added to `fsdp`."""
+    """Bytes, about, of what a program has and holds, were the devices of `data` those of `fsdp`."""
     names = ("parameters", "optimizer", *(["teacher"] if config.teacher.fsdp else []))
     ways = found.mesh["data"]
-    return sum(size / (ways if name in names else 1) for name, size in f.parts.items())
+    given = sum(size / (ways if name in names else 1) for name, size in f.parts.items())
+    # Moments but for some rows, which are split over both axes already.
+    return given + (f.held / ways if f.name == "collect" else f.held)
 
 
 def _smaller(config: Any, found: Plan, name: str):

@@ -51,7 +51,8 @@ def test_splash_compiles_forward_and_backward_and_holds_no_scores(mesh, width):
     assert "tpu_custom_call" not in plain_text
     scores = ",512,512]"  # of any dtype, as part of a layer's
     assert scores in plain_text and scores not in splash_text
-    # A plan counts 2 + 5 products of scores in the kernels, and 2 + 4 in the plain layers.
+    # A plan counts 2 + 5 products of scores in the kernels (what it makes of several blocks is in
+    # `tests/planning/test_counting.py`), and 2 + 4 in the text of plain layers.
     counted = [
         sum(work.times * work.flops for work in counter(text, 4).work())
         for text in (splash_text, plain_text)

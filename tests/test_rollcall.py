@@ -128,14 +128,16 @@ def test_what_is_no_process_0_is_not_believed(address):
 
 
 def test_a_process_0_that_fails_sends_nobody_on(address, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("odd")
+    def fail(callers, count):
+        if callers:
+            raise RuntimeError("odd")
+        return {1, 2}
 
-    monkeypatch.setattr(rollcall, "_enter", fail)
+    monkeypatch.setattr(rollcall, "_missing", fail)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(roll_call, address, 2, 0, 20)
-        (said,) = called(address, [1], 2, 2)
-        assert said and said != "go" and isinstance(first.exception(), RuntimeError)
+        first = pool.submit(roll_call, address, 3, 0, 20)
+        assert called(address, [1], 3, 20) == ["process 0 has ended"]
+        assert isinstance(first.exception(), RuntimeError)
 
 
 def test_one_that_calls_again_is_no_second_one(address):

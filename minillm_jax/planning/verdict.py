@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from minillm_jax.axes import kept_whole
 from minillm_jax.build import SECTIONS
 from minillm_jax.planning.chips import GIB
@@ -196,7 +198,7 @@ def cures(config: Any, found: Plan) -> list[str]:
                 cure = f"{split}; and {cure}" if then > memory else split
             said.append(f"{over}: {cure}")
             continue
-        steps = list(_smaller(config, found, f.name))
+        steps = list(_smaller(config, found, f))
         more = "more chips, or --config.mesh.tensor above " + str(found.mesh["tensor"])
         said.append(f"{over}: try {', then '.join([*steps, more])}")
     return said
@@ -211,15 +213,28 @@ def _split(config: Any, found: Plan, f: Figures) -> float:
     return given + (f.held / ways if f.name == "collect" else f.held)
 
 
-def _smaller(config: Any, found: Plan, name: str):
+def _gathered(config: Any, found: Plan, f: Figures) -> float:
+    """Bytes of the kernels that a collection gathers over `fsdp` for its loops (`unstack`)."""
+    ways, cast = found.mesh["fsdp"], jnp.dtype(config.student.dtype).itemsize / 4
+    teacher = f.parts["teacher"] if config.teacher.fsdp else 0.0
+    return ways * (teacher + cast * f.parts["parameters"]) if ways > 1 else 0.0
+
+
+def _smaller(config: Any, found: Plan, f: Figures):
     """Changes of settings that lower the work space of a program, one at a time."""
     ways = found.mesh["data"] * found.mesh["fsdp"]
-    if name == "collect":
+    if f.name == "collect":
+        kernels, memory = _gathered(config, found, f), found.target.chip.memory
+        for more in (2, 4, 8):  # devices more along `tensor` that share them
+            if found.mesh["fsdp"] % more == 0 and f.peak - kernels * (1 - 1 / more) <= memory:
+                mesh = {"fsdp": found.mesh["fsdp"] // more, "tensor": found.mesh["tensor"] * more}
+                yield flags({"mesh": mesh})
+                break
         rows = config.distill.collect_batch or config.distill.rollouts
         if rows // 2 >= ways and (rows // 2) % ways == 0:
             yield flags({"distill": {"collect_batch": rows // 2}})
         return
-    section = SECTION_OF[name]
+    section = SECTION_OF[f.name]
     c = config[section]
     if c.remat != "full":
         yield flags({section: {"remat": "full"}})

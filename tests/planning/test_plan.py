@@ -185,6 +185,25 @@ def test_what_would_help_is_a_flag(planned, tmp_path, name, changes, cure):
     assert said.startswith(f"{name} needs 100.0 GiB") and cure in said
 
 
+def test_kernels_that_a_collection_gathers_are_to_be_shared(planned, tmp_path):
+    """With `tensor` and not with `fsdp`, over which every device has them whole in the loops."""
+    config, plan = planned  # data=2, fsdp=2
+    found = only(plan, "collect")
+    kernels = 2 * (found.parts["teacher"] + found.parts["parameters"])
+    fixed = sum(found.parts.values()) + found.held
+
+    def said(peak, memory):
+        chip = dataclasses.replace(plan.target.chip, memory=memory)
+        large = dataclasses.replace(found, fits=False, peak=peak)
+        here = dataclasses.replace(plan.target, chip=chip)
+        cures = verdict.cures(config, dataclasses.replace(plan, figures=(large,), target=here))
+        return cures[0]
+
+    peak = fixed + kernels + 1000
+    assert "try --config.mesh.fsdp=1 --config.mesh.tensor=2, then" in said(peak, peak - kernels / 2)
+    assert "mesh.fsdp" not in said(peak, peak - kernels / 2 - 1)  # half of them is too little
+
+
 def test_a_mesh_that_does_not_multiply_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"data=3, fsdp=1.*does not fit the 4 devices.*set --conf"):
         verdict.builder(pair(tmp_path, data=3), tmp_path, target("h100:4"))

@@ -137,7 +137,7 @@ def execute(
     if "teacher_sft" in stages and is_done(workdir, stages, "teacher_sft"):
         build.follow(tuned)
     stopping.check()
-    if config.tensorboard:
+    if config.tensorboard and hosts.is_main():  # which alone writes them
         summary_writer()  # before models are fetched
     if set(to_do) - {"report"}:
         build.preflight(to_do)

@@ -16,7 +16,15 @@ from minillm_jax.planning.estimate import Figures, measure
 from minillm_jax.planning.programs import Program, meshes, programs
 from minillm_jax.planning.shapes import Shapes
 from minillm_jax.planning.targets import BUSY, Target
-from minillm_jax.planning.verdict import SECTION_OF, Plan, changed, divides, flags, plan
+from minillm_jax.planning.verdict import (
+    SECTION_OF,
+    Plan,
+    changed,
+    divides,
+    flags,
+    gathered,
+    plan,
+)
 from minillm_jax.types import InputError
 
 Changes = dict[str, dict[str, Any]]
@@ -77,6 +85,7 @@ def squeezed(config: Any, changes: Changes, found: Plan) -> Changes | None:
         if f.fits:
             continue
         fixed = sum(f.parts.values()) + f.held
+        fixed += gathered(config, found, f) if f.name == _COLLECT else 0.0
         if fixed > memory:
             return None
         # What is not fixed grows with the rows that are read at once.

@@ -213,7 +213,7 @@ def _split(config: Any, found: Plan, f: Figures) -> float:
     return given + (f.held / ways if f.name == "collect" else f.held)
 
 
-def _gathered(config: Any, found: Plan, f: Figures) -> float:
+def gathered(config: Any, found: Plan, f: Figures) -> float:
     """Bytes of the kernels that a collection gathers over `fsdp` for its loops (`unstack`)."""
     ways, cast = found.mesh["fsdp"], jnp.dtype(config.student.dtype).itemsize / 4
     teacher = f.parts["teacher"] if config.teacher.fsdp else 0.0
@@ -224,7 +224,7 @@ def _smaller(config: Any, found: Plan, f: Figures):
     """Changes of settings that lower the work space of a program, one at a time."""
     ways = found.mesh["data"] * found.mesh["fsdp"]
     if f.name == "collect":
-        kernels, memory = _gathered(config, found, f), found.target.chip.memory
+        kernels, memory = gathered(config, found, f), found.target.chip.memory
         for more in (2, 4, 8):  # devices more along `tensor` that share them
             if found.mesh["fsdp"] % more == 0 and f.peak - kernels * (1 - 1 / more) <= memory:
                 mesh = {"fsdp": found.mesh["fsdp"] // more, "tensor": found.mesh["tensor"] * more}

@@ -203,6 +203,20 @@ def test_kernels_that_a_collection_gathers_are_to_be_shared(planned, tmp_path):
     assert "try --config.mesh.fsdp=1 --config.mesh.tensor=2, then" in said(peak, peak - kernels / 2)
     assert "mesh.fsdp" not in said(peak, peak - kernels / 2 - 1)  # half of them is too little
 
+    # A search does not lower the rows where no number of them would help, but goes to another mesh.
+    def after(memory):
+        chip = dataclasses.replace(plan.target.chip, memory=memory)
+        large = dataclasses.replace(found, fits=False, peak=peak)
+        here = dataclasses.replace(plan.target, chip=chip)
+        unfit = dataclasses.replace(plan, figures=(large,), target=here)
+        return search.squeezed(config, {"mesh": plan.mesh}, unfit)
+
+    assert after(fixed + kernels - 1) is None
+    assert after(fixed + kernels + 1) is None  # four rows, and as many devices to split them
+    config = verdict.changed(config, {"distill": {"collect_batch": 8}})
+    assert after(fixed + kernels - 1) is None
+    assert after(fixed + kernels + 1) == {"mesh": plan.mesh, "distill": {"collect_batch": 4}}
+
 
 def test_a_mesh_that_does_not_multiply_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"data=3, fsdp=1.*does not fit the 4 devices.*set --conf"):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minillm_jax.axes import platform
+from minillm_jax.models import native
 from minillm_jax.models.config import DecoderConfig
 
 # Finite, so that a row that may see no key gives a plain mean and not NaN, in its gradient too.
@@ -40,6 +41,8 @@ def attend(
     heads share their keys without a copy. The softmax is in float32 whatever the inputs are.
     """
     slots = k.shape[2]
+    if filled is not None and q.shape[3] <= native.FEW and native.usable(q, k, v):
+        return native.attend(q, k, v, mask, scale, filled)
     if filled is not None and slots >= LONG and platform() == "cpu":
         sizes = [-(-slots * n // _QUARTERS) for n in range(1, _QUARTERS + 1)]
         reads = [functools.partial(_attend_to, size, scale) for size in sizes]

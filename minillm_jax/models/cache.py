@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from minillm_jax.axes import constrain
+from minillm_jax.models import native
 from minillm_jax.models.attention import positions_of
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.decoder import Decoder, logical_axes, window_sizes
@@ -82,10 +83,16 @@ def unstack(config: DecoderConfig, params: Params, dtype: DTypeLike | None = Non
     inner = jax.tree.map(lambda names: names[1:], axes.pop("layers"), is_leaf=_is_names)
     outer = {name: value for name, value in params.items() if name != "layers"}
     outer = jax.tree.map_with_path(ready, outer, axes)
-    layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.layers))
-    return DecodeParams(
-        outer, tuple(jax.tree.map_with_path(ready, layer, inner) for layer in layers)
-    )
+
+    def layer(i: int) -> Params:
+        def apart(path, x, names):
+            if x.ndim == 3 and native.usable(x) and jnp.dtype(dtype or x.dtype) == x.dtype:
+                return native.pack(x, i)
+            return ready(path, x[i], names)
+
+        return jax.tree.map_with_path(apart, params["layers"], inner)
+
+    return DecodeParams(outer, tuple(map(layer, range(config.layers))))
 
 
 def _is_names(node: Any) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from minillm_jax.axes import constrain, platform
+from minillm_jax.models import native
 from minillm_jax.models.attention import causal_mask, positions_of, rotary_angles
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.kernels import choose, pack, take
@@ -224,7 +225,9 @@ def logits(head: Head, hidden: jax.Array) -> jax.Array:
     weight = head.weight.astype(hidden.dtype)
     product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
     axes = (((hidden.ndim - 1,), (1,)), ((), ()))
-    if hidden.ndim == 2 and platform() == "cpu":
+    if hidden.ndim == 2 and native.usable(hidden, weight):
+        scores = native.scores(hidden, weight)
+    elif hidden.ndim == 2 and platform() == "cpu":
         # As W x^T, for x W^T lays the whole W out anew. XLA would turn it back but for the barrier.
         scores = jax.lax.optimization_barrier(product(weight, hidden, axes)).T
     else:

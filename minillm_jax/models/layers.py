@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from minillm_jax.axes import constrain
+from minillm_jax.models import native
 from minillm_jax.models.attention import attend, rotate
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.kernels import attend_packed, window_of
@@ -68,13 +69,17 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `x` [B, T, in] to [B, T, features]."""
-        init, shape = nn.initializers.normal(self.stddev), (x.shape[-1], self.features)
-        kernel = _param(self, "kernel", init, self.axes, shape)
         # As one matrix: the gradient of a kernel, which contracts both leading axes, is then a
         # plain x^T dy, which on CPU is faster than the product of two three-dimensional arrays.
-        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        if isinstance(packed := self.variables.get("params", {}).get("kernel"), native.Packed):
+            y = native.dot(flat, packed)
+        else:
+            init, shape = nn.initializers.normal(self.stddev), (x.shape[-1], self.features)
+            kernel = _param(self, "kernel", init, self.axes, shape)
+            y = flat @ kernel.astype(x.dtype)
         if self.use_bias:
-            bias = _param(self, "bias", nn.initializers.zeros, self.axes[1:], shape[1:])
+            bias = _param(self, "bias", nn.initializers.zeros, self.axes[1:], (self.features,))
             y = y + bias.astype(x.dtype)[None]
         return y.reshape(*x.shape[:-1], self.features)
 

@@ -1,0 +1,383 @@
+// Products of a few rows and the attention of decoding on a CPU, as calls of XLA's FFI: `native.py`
+// compiles this file and says when it is used.
+//
+// A decoding step multiplies a few rows by every kernel of the model, which is to be read once, at
+// the rate of the memory. XLA's libraries lay a kernel out for their own loops at every product;
+// here that is done once, before the loop (`Pack`):
+//
+//     kernel [K, N]   ->   tiles [ceil(N / NR), K, NR]        NR columns lie side by side, and a
+//                                                             tile is read from front to back
+//
+// Every number is a sum over k in rising order, whatever the rows, the tile and the threads are: a
+// row has the same result alone and in a batch, bit by bit.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// W floats in a vector; a product holds MR rows x NV vectors of results in registers.
+#if defined(__AVX512F__)
+constexpr int W = 16, NV = 3, MR = 8;
+#elif defined(__AVX__)
+constexpr int W = 8, NV = 2, MR = 6;
+#else
+constexpr int W = 4, NV = 3, MR = 6;
+#endif
+constexpr int64_t NR = W * NV;
+constexpr int64_t KC = 384;  // of the contraction at a time, where several panels read a tile: for L2
+
+typedef float Vec __attribute__((vector_size(W * sizeof(float))));
+typedef float Loose __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(W * sizeof(int32_t))));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+inline void store(float* p, Vec x) { *reinterpret_cast<Loose*>(p) = x; }
+
+// Runs f(0), ..., f(parts - 1) on this thread and those of XLA's pool that come in time. It waits
+// for parts that have begun, never for a thread to begin.
+template <class F>
+void in_parallel(ffi::ThreadPool& pool, int64_t parts, F f) {
+  int64_t threads = std::min<int64_t>(parts, pool.num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < parts; i++) f(i);
+    return;
+  }
+  struct Count {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  // Shared: a thread may come when all is done, and `f` be gone.
+  auto count = std::make_shared<Count>();
+  auto work = [count, parts, f] {
+    for (int64_t i; (i = count->next.fetch_add(1)) < parts;) {
+      f(i);
+      count->done.fetch_add(1);
+    }
+  };
+  for (int64_t t = 1; t < threads; t++) {
+    auto copy = work;
+    pool.Schedule(std::move(copy));
+  }
+  work();
+  while (count->done.load() < parts) {
+  }
+}
+
+// y[m, :] (+)= x[m, :k] tile for M rows and the NR columns of a tile.
+template <int M>
+void product(const float* x, int64_t ldx, const float* tile, int64_t k, float* y, int64_t ldy,
+             bool add) {
+  Vec sum[M][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; j++) sum[m][j] = add ? load(y + m * ldy + j * W) : Vec{};
+  for (int64_t i = 0; i < k; i++, tile += NR) {
+    Vec w[NV];
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; j++) w[j] = load(tile + j * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 3
+      for (int j = 0; j < NV; j++) sum[m][j] += x[m * ldx + i] * w[j];
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; j++) store(y + m * ldy + j * W, sum[m][j]);
+}
+
+// The same for `rows`, in panels of MR at most and of like size.
+void products(int64_t rows, const float* x, int64_t ldx, const float* tile, int64_t k, float* y,
+              int64_t ldy, bool add) {
+  for (int64_t panels = (rows + MR - 1) / MR; panels > 0; panels--) {
+    int64_t m = (rows + panels - 1) / panels;
+    switch (m) {
+      case 1: product<1>(x, ldx, tile, k, y, ldy, add); break;
+      case 2: product<2>(x, ldx, tile, k, y, ldy, add); break;
+      case 3: product<3>(x, ldx, tile, k, y, ldy, add); break;
+      case 4: product<4>(x, ldx, tile, k, y, ldy, add); break;
+      case 5: product<5>(x, ldx, tile, k, y, ldy, add); break;
+      case 6: product<6>(x, ldx, tile, k, y, ldy, add); break;
+      case 7: product<7>(x, ldx, tile, k, y, ldy, add); break;
+      case 8: product<8>(x, ldx, tile, k, y, ldy, add); break;
+    }
+    x += m * ldx, y += m * ldy, rows -= m;
+  }
+}
+
+using Floats = ffi::AnyBuffer;
+
+bool floats(const ffi::AnyBuffer& x, size_t rank) {
+  return x.element_type() == ffi::F32 && x.dimensions().size() == rank;
+}
+
+ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
+
+// kernels [L, K, N], layer -> tiles [ceil(N / NR), K, NR], 0 beyond N.
+ffi::Error Pack(ffi::ThreadPool pool, Floats kernels, ffi::Result<Floats> tiles, int64_t layer) {
+  if (!floats(kernels, 3) || !floats(*tiles, 3)) return wrong("Pack takes float32 [L, K, N]");
+  int64_t K = kernels.dimensions()[1], N = kernels.dimensions()[2], count = (N + NR - 1) / NR;
+  if (layer < 0 || layer >= static_cast<int64_t>(kernels.dimensions()[0]) ||
+      tiles->dimensions()[0] != count || tiles->dimensions()[1] != K || tiles->dimensions()[2] != NR)
+    return wrong("Pack: shapes do not match");
+  const float* from = kernels.typed_data<float>() + layer * K * N;
+  float* to = tiles->typed_data<float>();
+  constexpr int64_t ROWS = 64;  // a part reads some whole rows
+  in_parallel(pool, (K + ROWS - 1) / ROWS, [=](int64_t part) {
+    for (int64_t i = part * ROWS; i < std::min(K, (part + 1) * ROWS); i++)
+      for (int64_t t = 0; t < count; t++) {
+        int64_t columns = std::min(NR, N - t * NR);
+        float* row = to + (t * K + i) * NR;
+        std::memcpy(row, from + i * N + t * NR, columns * sizeof(float));
+        std::memset(row + columns, 0, (NR - columns) * sizeof(float));
+      }
+  });
+  return ffi::Error::Success();
+}
+
+// x [M, K], tiles [ceil(N / NR), K, NR] -> x W [M, N].
+ffi::Error Dot(ffi::ThreadPool pool, Floats x, Floats tiles, ffi::Result<Floats> y) {
+  if (!floats(x, 2) || !floats(tiles, 3) || !floats(*y, 2)) return wrong("Dot takes float32");
+  int64_t M = x.dimensions()[0], K = x.dimensions()[1], N = y->dimensions()[1];
+  int64_t count = tiles.dimensions()[0];
+  if (y->dimensions()[0] != M || tiles.dimensions()[1] != K || tiles.dimensions()[2] != NR ||
+      count != (N + NR - 1) / NR)
+    return wrong("Dot: shapes do not match");
+  const float *xs = x.typed_data<float>(), *ws = tiles.typed_data<float>();
+  float* ys = y->typed_data<float>();
+  int64_t step = M > MR ? KC : K;
+  in_parallel(pool, count, [=](int64_t t) {
+    int64_t columns = std::min(NR, N - t * NR);
+    std::vector<float> whole(columns < NR ? M * NR : 0);  // the last tile's, cut afterwards
+    float* out = columns < NR ? whole.data() : ys + t * NR;
+    for (int64_t k = 0; k < K; k += step)
+      products(M, xs + k, K, ws + (t * K + k) * NR, std::min(step, K - k), out,
+               columns < NR ? NR : N, k > 0);
+    if (columns < NR)
+      for (int64_t m = 0; m < M; m++)
+        std::memcpy(ys + m * N + t * NR, out + m * NR, columns * sizeof(float));
+  });
+  return ffi::Error::Success();
+}
+
+template <int N>
+inline float sum_of(const float* p) {
+  if constexpr (N == 1) {
+    return *p;
+  } else {
+    typedef float Half __attribute__((vector_size(N / 2 * sizeof(float)), aligned(4), may_alias));
+    Half half = *reinterpret_cast<const Half*>(p) + *reinterpret_cast<const Half*>(p + N / 2);
+    return sum_of<N / 2>(reinterpret_cast<const float*>(&half));
+  }
+}
+inline float sum_of(Vec x) { return sum_of<W>(reinterpret_cast<const float*>(&x)); }
+
+// y[m, v] = x[m, :] . w[v, :] for M rows and C words.
+template <int M, int C>
+void scores(const float* x, const float* w, int64_t k, float* y, int64_t ldy) {
+  Vec sum[M][C];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) sum[m][c] = Vec{};
+  int64_t i = 0;
+  for (; i + W <= k; i += W) {
+    Vec word[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) word[c] = load(w + c * k + i);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      Vec state = load(x + m * k + i);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) sum[m][c] += state * word[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) y[m * ldy + c] = sum_of(sum[m][c]);
+  for (; i < k; i++)
+    for (int m = 0; m < M; m++)
+      for (int c = 0; c < C; c++) y[m * ldy + c] += x[m * k + i] * w[c * k + i];
+}
+
+template <int C>
+void scores_of(int64_t rows, const float* x, const float* w, int64_t k, float* y, int64_t ldy) {
+  constexpr int ROWS = W == 16 ? 8 : 4;
+  for (; rows >= ROWS; rows -= ROWS, x += ROWS * k, y += ROWS * ldy) scores<ROWS, C>(x, w, k, y, ldy);
+  for (; rows > 0; rows--, x += k, y += ldy) scores<1, C>(x, w, k, y, ldy);
+}
+
+// x [M, K], words [V, K] -> x W^T [M, V].
+ffi::Error Scores(ffi::ThreadPool pool, Floats x, Floats words, ffi::Result<Floats> y) {
+  if (!floats(x, 2) || !floats(words, 2) || !floats(*y, 2)) return wrong("Scores takes float32");
+  int64_t M = x.dimensions()[0], K = x.dimensions()[1], V = words.dimensions()[0];
+  if (static_cast<int64_t>(words.dimensions()[1]) != K || y->dimensions()[0] != M ||
+      y->dimensions()[1] != V)
+    return wrong("Scores: shapes do not match");
+  const float *xs = x.typed_data<float>(), *ws = words.typed_data<float>();
+  float* ys = y->typed_data<float>();
+  constexpr int64_t ROWS = 48;  // words that stay in L2 while all states are read
+  constexpr int C = W == 16 ? 3 : 2;
+  in_parallel(pool, (V + ROWS - 1) / ROWS, [=](int64_t part) {
+    int64_t end = std::min(V, (part + 1) * ROWS);
+    for (int64_t m = 0; m < M; m += 8) {
+      int64_t rows = std::min<int64_t>(8, M - m), v = part * ROWS;
+      for (; v + C <= end; v += C) scores_of<C>(rows, xs + m * K, ws + v * K, K, ys + m * V + v, V);
+      for (; v < end; v++) scores_of<1>(rows, xs + m * K, ws + v * K, K, ys + m * V + v, V);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// e^x for x <= 0, within 2 units in the last place (S. Moshier, Cephes, expf).
+inline Vec exponential(Vec x) {
+  Vec low = Vec{} - 87.0f;
+  x = x < low ? low : x;
+  constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  Vec n = (x * 1.44269504f + round) - round;
+  Vec r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return p * (Vec)power;  // its bits are those of 2^n
+}
+
+// One head of keys and values [S, h] for queries [R, h], of which query r sees what mask[r % T]
+// says of the slots from `first` to `end`; `weights` has room for [R, end - first + W].
+void attend_one(const float* q, const float* keys, const float* values, const bool* mask, float* y,
+                int64_t R, int64_t T, int64_t S, int64_t h, int64_t first, int64_t end, float scale,
+                float* weights) {
+  int64_t width = end - first, room = width + W;
+  for (int64_t r = 0; r < R; r++) {
+    const float* query = q + r * h;
+    float* w = weights + r * room;
+    float most = -std::numeric_limits<float>::infinity();
+    for (int64_t s = 0; s < width; s++) {
+      w[s] = -1e30f;
+      if (!mask[r % T * S + first + s]) continue;
+      const float* key = keys + (first + s) * h;
+      Vec sum{};
+      int64_t i = 0;
+      for (; i + W <= h; i += W) sum += load(query + i) * load(key + i);
+      float score = sum_of(sum);
+      for (; i < h; i++) score += query[i] * key[i];
+      w[s] = score * scale;
+      most = std::max(most, w[s]);
+    }
+    float* out = y + r * h;
+    if (most < -1e29f) {  // sees nothing: a row of padding
+      std::fill(out, out + h, 0.0f);
+      continue;
+    }
+    std::fill(w + width, w + room, -1e30f);
+    Vec total{};
+    for (int64_t s = 0; s < width; s += W) {
+      Vec e = exponential(load(w + s) - most);
+      // Not e^-87 where a slot is not seen: there it is 0.
+      Vec seen = load(w + s);
+      e = seen < -1e29f ? Vec{} : e;
+      total += e;
+      store(w + s, e);
+    }
+    float inverse = 1.0f / sum_of(total);
+    int64_t i = 0;
+    for (; i + 4 * W <= h; i += 4 * W) {
+      Vec a{}, b{}, c{}, d{};
+      const float* value = values + first * h + i;
+      for (int64_t s = 0; s < width; s++, value += h) {
+        a += w[s] * load(value);
+        b += w[s] * load(value + W);
+        c += w[s] * load(value + 2 * W);
+        d += w[s] * load(value + 3 * W);
+      }
+      store(out + i, a * inverse);
+      store(out + i + W, b * inverse);
+      store(out + i + 2 * W, c * inverse);
+      store(out + i + 3 * W, d * inverse);
+    }
+    for (; i + W <= h; i += W) {
+      Vec a{};
+      for (int64_t s = 0; s < width; s++) a += w[s] * load(values + (first + s) * h + i);
+      store(out + i, a * inverse);
+    }
+    for (; i < h; i++) {
+      float a = 0;
+      for (int64_t s = 0; s < width; s++) a += w[s] * values[(first + s) * h + i];
+      out[i] = a * inverse;
+    }
+  }
+}
+
+// q [B, K, G, T, h], keys and values [B, K, S, h], mask [B, T, S], filled [] -> like q.
+ffi::Error Attend(ffi::ThreadPool pool, Floats q, Floats keys, Floats values,
+                  ffi::Buffer<ffi::PRED> mask, ffi::BufferR0<ffi::S32> filled,
+                  ffi::Result<Floats> y, float scale) {
+  if (!floats(q, 5) || !floats(keys, 4) || !floats(values, 4) || !floats(*y, 5) ||
+      mask.dimensions().size() != 3)
+    return wrong("Attend takes float32");
+  auto shape = q.dimensions();
+  int64_t B = shape[0], K = shape[1], G = shape[2], T = shape[3], h = shape[4];
+  int64_t S = keys.dimensions()[2];
+  for (const Floats& cache : {keys, values})
+    if (cache.dimensions()[0] != B || cache.dimensions()[1] != K || cache.dimensions()[2] != S ||
+        cache.dimensions()[3] != h)
+      return wrong("Attend: shapes do not match");
+  if (mask.dimensions()[0] != B || mask.dimensions()[1] != T || mask.dimensions()[2] != S ||
+      y->element_count() != q.element_count())
+    return wrong("Attend: shapes do not match");
+  const float *qs = q.typed_data<float>(), *ks = keys.typed_data<float>();
+  const float* vs = values.typed_data<float>();
+  const bool* sees = mask.typed_data();
+  float* ys = y->typed_data<float>();
+  int64_t end = std::max<int64_t>(0, std::min<int64_t>(S, filled.typed_data()[0]));
+  in_parallel(pool, B * K, [=](int64_t pair) {
+    int64_t row = pair / K, first = end;
+    for (int64_t t = 0; t < T; t++) {
+      const bool* begin = sees + (row * T + t) * S;
+      first = std::min<int64_t>(first, std::find(begin, begin + end, true) - begin);
+    }
+    std::vector<float> weights(G * T * (end - first + W));
+    attend_one(qs + pair * G * T * h, ks + pair * S * h, vs + pair * S * h, sees + row * T * S,
+               ys + pair * G * T * h, G * T, T, S, h, first, end, scale, weights.data());
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+extern "C" int64_t minillm_columns() { return NR; }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    minillm_pack, Pack,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>().Attr<int64_t>("layer"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    minillm_dot, Dot,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    minillm_scores, Scores,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(minillm_attend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Ret<Floats>()
+                                  .Attr<float>("scale"));

@@ -1,0 +1,160 @@
+"""Products of a few rows and attention over a cache on one CPU, in C++ (`native.cc`).
+
+A decoding step on a CPU takes twice the time that its bytes and products need where XLA's libraries
+multiply: they lay each kernel out anew for every few rows (benchmarks/README.md, "Decoding"). So
+the kernels are laid out once, before the loop, and read by a loop of our own. The file is compiled
+when it is first needed, by the compiler of this machine and for its instructions, and kept in the
+cache. Where there is no compiler, or MINILLM_NATIVE=0, all goes by XLA, with the same results but
+for rounding. There are no gradients: training, and whatever runs on several devices or is not in
+float32, does not come here.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform as machine
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minillm_jax.axes import platform
+from minillm_jax.models import fetch
+
+_SOURCE = Path(__file__).with_suffix(".cc")
+_FLAGS = "-O3", "-std=c++17", "-fPIC", "-shared", "-w"
+_COMPILERS = "c++", "g++", "clang++"
+_HANDLERS = "pack", "dot", "scores", "attend"
+
+# Queries of a chunk that are attended by a loop over the cache; more are faster as products.
+FEW = 8
+
+
+@flax.struct.dataclass
+class Packed:
+    """A kernel [K, N] laid out for `dot`."""
+
+    tiles: jax.Array  # [ceil(N / columns), K, columns] float32, 0 beyond N
+    features: int = flax.struct.field(pytree_node=False)  # N
+
+
+def usable(*arrays: jax.Array) -> bool:
+    """Whether a program that is traced now may call what is here with `arrays`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
+    floats = all(x.dtype == jnp.float32 for x in arrays)
+    return floats and alone and platform() == "cpu" and _library() is not None
+
+
+def pack(kernels: jax.Array, layer: int) -> Packed:
+    """Return kernel `layer` of `kernels` [L, K, N], laid out."""
+    _, rows, features = kernels.shape
+    columns = _loaded().minillm_columns()
+    shape = (-(-features // columns), rows, columns)
+    return Packed(_call("pack", shape)(kernels, layer=np.int64(layer)), features)
+
+
+def dot(x: jax.Array, kernel: Packed) -> jax.Array:
+    """Return x W, [M, N] for `x` [M, K]."""
+    return _call("dot", (x.shape[0], kernel.features))(x, kernel.tiles)
+
+
+def scores(x: jax.Array, words: jax.Array) -> jax.Array:
+    """Return x W^T, [M, V] for `x` [M, E] and `words` [V, E], which are read where they lie."""
+    return _call("scores", (x.shape[0], words.shape[0]))(x, words)
+
+
+def attend(
+    q: jax.Array,  # [B, K, G, T, h]
+    k: jax.Array,  # [B, K, S, h]
+    v: jax.Array,  # [B, K, S, h]
+    mask: jax.Array,  # [B, T, S]
+    scale: float,
+    filled: jax.Array,  # int32 scalar
+) -> jax.Array:
+    """`attention.attend` to the first `filled` slots; 0 where a query may see none of them."""
+    return _call("attend", q.shape)(q, k, v, mask, filled, scale=np.float32(scale))
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None, "ask `usable` first"
+    return library
+
+
+def _call(name: str, shape: tuple[int, ...]) -> Any:
+    _loaded()
+    return jax.ffi.ffi_call(f"minillm_{name}", jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled file, its handlers known to XLA; None where it is not to be had."""
+    if os.environ.get("MINILLM_NATIVE") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except OSError as error:
+        print(f"decoding goes by XLA alone, which is slower: {error}", file=sys.stderr, flush=True)
+        return None
+    library.minillm_columns.restype = ctypes.c_int64
+    for name in _HANDLERS:
+        handler = jax.ffi.pycapsule(getattr(library, f"minillm_{name}"))
+        jax.ffi.register_ffi_target(f"minillm_{name}", handler, platform="cpu")
+    return library
+
+
+def _compiled() -> Path:
+    """Where the compiled file is; it is compiled here if it is not there yet.
+
+    Raises OSError: no compiler, or one that fails, or no place for its result.
+    """
+    names = (os.environ.get("CXX"), *_COMPILERS)
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise OSError("no C++ compiler on this machine; install g++ or clang++")
+    # One home may serve several kinds of machines, and several environments.
+    told = (_SOURCE.read_bytes(), *map(str.encode, (_processor(), jax.__version__, compiler)))
+    digest = hashlib.sha256(b"\0".join((*told, *map(str.encode, _FLAGS)))).hexdigest()
+    kept = fetch.cache() / f"native-{digest[:16]}.so"
+    if kept.is_file():
+        return kept
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=".native-", dir=kept.parent)
+    except OSError:  # for this process alone, then
+        folder = tempfile.mkdtemp(prefix="native-")
+    built = Path(folder, kept.name)
+    command = [compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(built)]
+    # Older compilers for ARM know their own machine by -mcpu alone.
+    for own in ("-march=native", "-mcpu=native"):
+        done = subprocess.run([*command, own], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            break
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["it failed"]
+        raise OSError(f"{compiler} does not compile {_SOURCE.name}: {lines[0].strip()}")
+    if built.parent.parent != kept.parent:
+        return built
+    os.replace(built, kept)  # whichever of several processes comes last
+    os.rmdir(folder)
+    return kept
+
+
+def _processor() -> str:
+    """What the machine can do, as far as it says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{machine.machine()} {machine.processor()}"
+    told = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))

@@ -102,10 +102,20 @@ def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return cosine and sine of every angle at `positions` [B, T], float32 [B, T, rope_dim / 2]."""
-    frequencies = jnp.asarray(rotary_frequencies(config))
-    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
+def rotary_angles(
+    config: DecoderConfig, positions: jax.Array, below: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return cosine and sine of every angle at `positions` [B, T], float32 [B, T, rope_dim / 2].
+
+    With `below`, a bound of the positions, a CPU looks them up: in layers that are not scanned XLA
+    would compute both again for every head of every layer, a tenth of a decoding step of 32 rows.
+    """
+    frequencies = rotary_frequencies(config)
+    if below is not None and platform() == "cpu":
+        table = np.arange(below, dtype=np.float32)[:, None] * frequencies
+        cos, sin = (jnp.asarray(f(table.astype(np.float64)), jnp.float32) for f in (np.cos, np.sin))
+        return cos[positions], sin[positions]
+    angles = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 

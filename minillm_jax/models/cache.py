@@ -86,7 +86,7 @@ def unstack(config: DecoderConfig, params: Params, dtype: DTypeLike | None = Non
 
     def layer(i: int) -> Params:
         def apart(path, x, names):
-            if x.ndim == 3 and native.usable(x) and jnp.dtype(dtype or x.dtype) == x.dtype:
+            if dtype is not None and jnp.dtype(dtype) == x.dtype and native.packs(x):
                 return native.pack(x, i)
             return ready(path, x[i], names)
 
@@ -137,7 +137,8 @@ def extend(
         real = None if most is None else find(tokens, mask, most)
         if real is not None:
             tokens, positions = gather(tokens, real), gather(positions, real)
-        x, angles = outer.apply({"params": params.outer}, tokens, positions, dtype, method="start")
+        inputs = tokens, positions, dtype, valid.shape[1]
+        x, angles = outer.apply({"params": params.outer}, *inputs, method="start")
     sight = seen, distance, real
     if stacked is None:
         x, keys, values = _unrolled(config, params.layers, x, angles, sight, cache)

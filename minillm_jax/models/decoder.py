@@ -96,9 +96,20 @@ class Decoder(nn.Module):
         x = self.finish(x)
         return x if real is None else spread(x, real)
 
-    def start(self, tokens: jax.Array, positions: jax.Array, dtype: DTypeLike):
-        """Return the input of the layers [B, T, D] and the rotary angles, None if learned."""
-        angles = rotary_angles(self.config, positions) if self.config.positions == "rope" else None
+    def start(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        dtype: DTypeLike,
+        below: int | None = None,
+    ):
+        """Return the input of the layers [B, T, D] and the rotary angles, None if learned.
+
+        `below` is that of `rotary_angles`.
+        """
+        c, angles = self.config, None
+        if c.positions == "rope":
+            angles = rotary_angles(c, positions, below)
         return self.embed(tokens, positions, dtype), angles
 
     def finish(self, x: jax.Array) -> jax.Array:
@@ -225,7 +236,7 @@ def logits(head: Head, hidden: jax.Array) -> jax.Array:
     weight = head.weight.astype(hidden.dtype)
     product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
     axes = (((hidden.ndim - 1,), (1,)), ((), ()))
-    if hidden.ndim == 2 and native.usable(hidden, weight):
+    if hidden.ndim == 2 and hidden.shape[0] > 1 and native.usable(hidden, weight):
         scores = native.scores(hidden, weight)
     elif hidden.ndim == 2 and platform() == "cpu":
         # As W x^T, for x W^T lays the whole W out anew. XLA would turn it back but for the barrier.

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -35,6 +36,8 @@ constexpr int W = 4, NV = 3, MR = 6;
 #endif
 constexpr int64_t NR = W * NV;
 constexpr int64_t KC = 384;  // of the contraction at a time, where several panels read a tile: for L2
+
+constexpr int64_t LINE = 16;  // floats that memory gives at once
 
 typedef float Vec __attribute__((vector_size(W * sizeof(float))));
 typedef float Loose __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
@@ -115,6 +118,30 @@ void products(int64_t rows, const float* x, int64_t ldx, const float* tile, int6
   }
 }
 
+// Where the columns of tile t of y [M, N] are computed: in place, or apart where NR of them do not
+// fit any more.
+class Result {
+ public:
+  Result(float* y, int64_t M, int64_t N, int64_t t)
+      : columns(std::min(NR, N - t * NR)), rows(M), size(N), target(y + t * NR) {
+    if (columns < NR) apart.resize(M * NR);
+    at = columns < NR ? apart.data() : target;
+    stride = columns < NR ? NR : N;
+  }
+  void finish() const {
+    if (columns < NR)
+      for (int64_t m = 0; m < rows; m++)
+        std::memcpy(target + m * size, at + m * NR, columns * sizeof(float));
+  }
+  int64_t columns, stride;
+  float* at;
+
+ private:
+  int64_t rows, size;
+  float* target;
+  std::vector<float> apart;
+};
+
 using Floats = ffi::AnyBuffer;
 
 bool floats(const ffi::AnyBuffer& x, size_t rank) {
@@ -157,15 +184,72 @@ ffi::Error Dot(ffi::ThreadPool pool, Floats x, Floats tiles, ffi::Result<Floats>
   float* ys = y->typed_data<float>();
   int64_t step = M > MR ? KC : K;
   in_parallel(pool, count, [=](int64_t t) {
-    int64_t columns = std::min(NR, N - t * NR);
-    std::vector<float> whole(columns < NR ? M * NR : 0);  // the last tile's, cut afterwards
-    float* out = columns < NR ? whole.data() : ys + t * NR;
+    Result out(ys, M, N, t);
     for (int64_t k = 0; k < K; k += step)
-      products(M, xs + k, K, ws + (t * K + k) * NR, std::min(step, K - k), out,
-               columns < NR ? NR : N, k > 0);
-    if (columns < NR)
-      for (int64_t m = 0; m < M; m++)
-        std::memcpy(ys + m * N + t * NR, out + m * NR, columns * sizeof(float));
+      products(M, xs + k, K, ws + (t * K + k) * NR, std::min(step, K - k), out.at, out.stride, k > 0);
+    out.finish();
+  });
+  return ffi::Error::Success();
+}
+
+// The lanes of `a` and of `b` where bit D of their number is 0 (`upper`: is 1), side by side.
+template <int D, bool upper, size_t... L>
+inline Vec lanes(Vec a, Vec b, std::index_sequence<L...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (L & D ? W + L - (upper ? 0 : D) : L + (upper ? D : 0))...);
+#else
+  return __builtin_shuffle(a, b, Ints{(L & D ? W + L - (upper ? 0 : D) : L + (upper ? D : 0))...});
+#endif
+}
+
+template <int D>
+inline void exchange(Vec (&x)[W]) {
+  using all = std::make_index_sequence<W>;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & D)) {
+      Vec low = lanes<D, false>(x[i], x[i + D], all{});
+      x[i + D] = lanes<D, true>(x[i], x[i + D], all{});
+      x[i] = low;
+    }
+  if constexpr (D > 1) exchange<D / 2>(x);
+}
+
+// tile[i, r] = words[r, i] for `rows` words, of k numbers each, and 0 up to NR.
+void transpose(const float* words, int64_t ldw, int64_t rows, int64_t k, float* tile) {
+  for (int64_t r = 0; r < NR; r += W) {
+    int64_t i = 0;
+    for (; r + W <= rows && i + W <= k; i += W) {
+      Vec x[W];
+#pragma GCC unroll 16
+      for (int j = 0; j < W; j++) x[j] = load(words + (r + j) * ldw + i);
+      exchange<W / 2>(x);
+#pragma GCC unroll 16
+      for (int j = 0; j < W; j++) store(tile + (i + j) * NR + r, x[j]);
+    }
+    for (; i < k; i++)
+      for (int64_t j = r; j < r + W; j++) tile[i * NR + j] = j < rows ? words[j * ldw + i] : 0.0f;
+  }
+}
+
+// x [M, K], words [V, K] -> x W^T [M, V]. A tile of W^T is laid out where it is multiplied: all of
+// them would be a second head in memory.
+ffi::Error Scores(ffi::ThreadPool pool, Floats x, Floats words, ffi::Result<Floats> y) {
+  if (!floats(x, 2) || !floats(words, 2) || !floats(*y, 2)) return wrong("Scores takes float32");
+  int64_t M = x.dimensions()[0], K = x.dimensions()[1], V = words.dimensions()[0];
+  if (words.dimensions()[1] != K || y->dimensions()[0] != M || y->dimensions()[1] != V)
+    return wrong("Scores: shapes do not match");
+  const float *xs = x.typed_data<float>(), *ws = words.typed_data<float>();
+  float* ys = y->typed_data<float>();
+  in_parallel(pool, (V + NR - 1) / NR, [=](int64_t t) {
+    Result out(ys, M, V, t);
+    std::vector<float> tile(KC * NR);
+    for (int64_t k = 0; k < K; k += KC) {
+      int64_t width = std::min(KC, K - k);
+      transpose(ws + t * NR * K + k, K, out.columns, width, tile.data());
+      products(M, xs + k, K, tile.data(), width, out.at, out.stride, k > 0);
+    }
+    out.finish();
   });
   return ffi::Error::Success();
 }
@@ -181,64 +265,6 @@ inline float sum_of(const float* p) {
   }
 }
 inline float sum_of(Vec x) { return sum_of<W>(reinterpret_cast<const float*>(&x)); }
-
-// y[m, v] = x[m, :] . w[v, :] for M rows and C words.
-template <int M, int C>
-void scores(const float* x, const float* w, int64_t k, float* y, int64_t ldy) {
-  Vec sum[M][C];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) sum[m][c] = Vec{};
-  int64_t i = 0;
-  for (; i + W <= k; i += W) {
-    Vec word[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) word[c] = load(w + c * k + i);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      Vec state = load(x + m * k + i);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; c++) sum[m][c] += state * word[c];
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) y[m * ldy + c] = sum_of(sum[m][c]);
-  for (; i < k; i++)
-    for (int m = 0; m < M; m++)
-      for (int c = 0; c < C; c++) y[m * ldy + c] += x[m * k + i] * w[c * k + i];
-}
-
-template <int C>
-void scores_of(int64_t rows, const float* x, const float* w, int64_t k, float* y, int64_t ldy) {
-  constexpr int ROWS = W == 16 ? 8 : 4;
-  for (; rows >= ROWS; rows -= ROWS, x += ROWS * k, y += ROWS * ldy) scores<ROWS, C>(x, w, k, y, ldy);
-  for (; rows > 0; rows--, x += k, y += ldy) scores<1, C>(x, w, k, y, ldy);
-}
-
-// x [M, K], words [V, K] -> x W^T [M, V].
-ffi::Error Scores(ffi::ThreadPool pool, Floats x, Floats words, ffi::Result<Floats> y) {
-  if (!floats(x, 2) || !floats(words, 2) || !floats(*y, 2)) return wrong("Scores takes float32");
-  int64_t M = x.dimensions()[0], K = x.dimensions()[1], V = words.dimensions()[0];
-  if (static_cast<int64_t>(words.dimensions()[1]) != K || y->dimensions()[0] != M ||
-      y->dimensions()[1] != V)
-    return wrong("Scores: shapes do not match");
-  const float *xs = x.typed_data<float>(), *ws = words.typed_data<float>();
-  float* ys = y->typed_data<float>();
-  constexpr int64_t ROWS = 48;  // words that stay in L2 while all states are read
-  constexpr int C = W == 16 ? 3 : 2;
-  in_parallel(pool, (V + ROWS - 1) / ROWS, [=](int64_t part) {
-    int64_t end = std::min(V, (part + 1) * ROWS);
-    for (int64_t m = 0; m < M; m += 8) {
-      int64_t rows = std::min<int64_t>(8, M - m), v = part * ROWS;
-      for (; v + C <= end; v += C) scores_of<C>(rows, xs + m * K, ws + v * K, K, ys + m * V + v, V);
-      for (; v < end; v++) scores_of<1>(rows, xs + m * K, ws + v * K, K, ys + m * V + v, V);
-    }
-  });
-  return ffi::Error::Success();
-}
 
 // e^x for x <= 0, within 2 units in the last place (S. Moshier, Cephes, expf).
 inline Vec exponential(Vec x) {
@@ -271,6 +297,8 @@ void attend_one(const float* q, const float* keys, const float* values, const bo
       w[s] = -1e30f;
       if (!mask[r % T * S + first + s]) continue;
       const float* key = keys + (first + s) * h;
+      if (r == 0)  // the values are next
+        for (int64_t i = 0; i < h; i += LINE) __builtin_prefetch(values + (first + s) * h + i);
       Vec sum{};
       int64_t i = 0;
       for (; i + W <= h; i += W) sum += load(query + i) * load(key + i);

@@ -54,6 +54,11 @@ def usable(*arrays: jax.Array) -> bool:
     return floats and alone and platform() == "cpu" and _library() is not None
 
 
+def packs(kernels: jax.Array) -> bool:
+    """Whether `pack` takes these parameters of all layers: kernels in float32, and no vectors."""
+    return kernels.ndim == 3 and usable(kernels)
+
+
 def pack(kernels: jax.Array, layer: int) -> Packed:
     """Return kernel `layer` of `kernels` [L, K, N], laid out."""
     _, rows, features = kernels.shape
@@ -92,7 +97,8 @@ def _loaded() -> ctypes.CDLL:
 
 def _call(name: str, shape: tuple[int, ...]) -> Any:
     _loaded()
-    return jax.ffi.ffi_call(f"minillm_{name}", jax.ShapeDtypeStruct(shape, jnp.float32))
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.ffi.ffi_call(f"minillm_{name}", result, vmap_method="sequential")
 
 
 @functools.cache

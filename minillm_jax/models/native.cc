@@ -20,6 +20,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -150,6 +154,16 @@ bool floats(const ffi::AnyBuffer& x, size_t rank) {
 
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
+// Memory that is new for every program costs a fault for each page of 4 KB: as long as the copy.
+void in_large_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 1 << 21;
+  uintptr_t from = reinterpret_cast<uintptr_t>(start) & ~(PAGE - 1);
+  uintptr_t to = (reinterpret_cast<uintptr_t>(start) + bytes + PAGE - 1) & ~(PAGE - 1);
+  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice, which may fail
+#endif
+}
+
 // kernels [L, K, N], layer -> tiles [ceil(N / NR), K, NR], 0 beyond N.
 ffi::Error Pack(ffi::ThreadPool pool, Floats kernels, ffi::Result<Floats> tiles, int64_t layer) {
   if (!floats(kernels, 3) || !floats(*tiles, 3)) return wrong("Pack takes float32 [L, K, N]");
@@ -159,6 +173,7 @@ ffi::Error Pack(ffi::ThreadPool pool, Floats kernels, ffi::Result<Floats> tiles,
     return wrong("Pack: shapes do not match");
   const float* from = kernels.typed_data<float>() + layer * K * N;
   float* to = tiles->typed_data<float>();
+  in_large_pages(to, count * K * NR * sizeof(float));
   constexpr int64_t ROWS = 64;  // a part reads some whole rows
   in_parallel(pool, (K + ROWS - 1) / ROWS, [=](int64_t part) {
     for (int64_t i = part * ROWS; i < std::min(K, (part + 1) * ROWS); i++)

@@ -127,7 +127,7 @@ def extend(
     positions = jnp.maximum(cache.length[:, None] + jnp.cumsum(mask, 1, dtype=jnp.int32) - 1, 0)
     slot = jnp.arange(valid.shape[1])[None, None, :]
     query = (cache.index + jnp.arange(chunk))[None, :, None]
-    seen = valid[:, None, :] & (slot <= query)
+    seen = valid[:, None, :] & (slot <= query) & mask[:, :, None]
     distance = None
     if config.windows is not None:
         distance = positions[:, :, None] - positions_of(valid)[:, None, :]
@@ -141,7 +141,9 @@ def extend(
         x, angles = outer.apply({"params": params.outer}, *inputs, method="start")
     sight = seen, distance, real
     if stacked is None:
-        x, keys, values = _unrolled(config, params.layers, x, angles, sight, cache)
+        # What is padding, or belongs to a row that has ended, is not multiplied.
+        layers = params.layers if real is not None else native.only(params.layers, mask.reshape(-1))
+        x, keys, values = _unrolled(config, layers, x, angles, sight, cache)
     else:
         x, keys, values = _scanned(config, stacked, x, angles, sight, cache)
     hidden: Any = outer.apply({"params": params.outer}, x, method="finish")

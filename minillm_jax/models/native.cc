@@ -79,72 +79,72 @@ void in_parallel(ffi::ThreadPool& pool, int64_t parts, F f) {
   }
 }
 
-// y[m, :] (+)= x[m, :k] tile for M rows and the NR columns of a tile.
+// The rows of x and of y that are multiplied, one after another.
+struct Row {
+  const float* x;
+  float* y;
+};
+
+// y[0 : NR] (+)= x[k : k + width] tile for M rows; the tile is the part of one from k on.
 template <int M>
-void product(const float* x, int64_t ldx, const float* tile, int64_t k, float* y, int64_t ldy,
-             bool add) {
+void product(const Row* rows, int64_t k, int64_t width, const float* tile, int64_t column) {
   Vec sum[M][NV];
+  const float* x[M];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; m++)
+  for (int m = 0; m < M; m++) {
+    x[m] = rows[m].x + k;
 #pragma GCC unroll 3
-    for (int j = 0; j < NV; j++) sum[m][j] = add ? load(y + m * ldy + j * W) : Vec{};
-  for (int64_t i = 0; i < k; i++, tile += NR) {
+    for (int j = 0; j < NV; j++) sum[m][j] = k > 0 ? load(rows[m].y + column + j * W) : Vec{};
+  }
+  for (int64_t i = 0; i < width; i++, tile += NR) {
     Vec w[NV];
 #pragma GCC unroll 3
     for (int j = 0; j < NV; j++) w[j] = load(tile + j * W);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 3
-      for (int j = 0; j < NV; j++) sum[m][j] += x[m * ldx + i] * w[j];
+      for (int j = 0; j < NV; j++) sum[m][j] += x[m][i] * w[j];
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 3
-    for (int j = 0; j < NV; j++) store(y + m * ldy + j * W, sum[m][j]);
+    for (int j = 0; j < NV; j++) store(rows[m].y + column + j * W, sum[m][j]);
 }
 
-// The same for `rows`, in panels of MR at most and of like size.
-void products(int64_t rows, const float* x, int64_t ldx, const float* tile, int64_t k, float* y,
-              int64_t ldy, bool add) {
-  for (int64_t panels = (rows + MR - 1) / MR; panels > 0; panels--) {
-    int64_t m = (rows + panels - 1) / panels;
+// The same for all `rows`, in panels of MR at most and of like size.
+void products(const std::vector<Row>& rows, int64_t k, int64_t width, const float* tile,
+              int64_t column) {
+  const Row* first = rows.data();
+  int64_t left = rows.size();
+  for (int64_t panels = (left + MR - 1) / MR; panels > 0; panels--) {
+    int64_t m = (left + panels - 1) / panels;
     switch (m) {
-      case 1: product<1>(x, ldx, tile, k, y, ldy, add); break;
-      case 2: product<2>(x, ldx, tile, k, y, ldy, add); break;
-      case 3: product<3>(x, ldx, tile, k, y, ldy, add); break;
-      case 4: product<4>(x, ldx, tile, k, y, ldy, add); break;
-      case 5: product<5>(x, ldx, tile, k, y, ldy, add); break;
-      case 6: product<6>(x, ldx, tile, k, y, ldy, add); break;
-      case 7: product<7>(x, ldx, tile, k, y, ldy, add); break;
-      case 8: product<8>(x, ldx, tile, k, y, ldy, add); break;
+      case 1: product<1>(first, k, width, tile, column); break;
+      case 2: product<2>(first, k, width, tile, column); break;
+      case 3: product<3>(first, k, width, tile, column); break;
+      case 4: product<4>(first, k, width, tile, column); break;
+      case 5: product<5>(first, k, width, tile, column); break;
+      case 6: product<6>(first, k, width, tile, column); break;
+      case 7: product<7>(first, k, width, tile, column); break;
+      case 8: product<8>(first, k, width, tile, column); break;
     }
-    x += m * ldx, y += m * ldy, rows -= m;
+    first += m, left -= m;
   }
 }
 
-// Where the columns of tile t of y [M, N] are computed: in place, or apart where NR of them do not
-// fit any more.
-class Result {
- public:
-  Result(float* y, int64_t M, int64_t N, int64_t t)
-      : columns(std::min(NR, N - t * NR)), rows(M), size(N), target(y + t * NR) {
-    if (columns < NR) apart.resize(M * NR);
-    at = columns < NR ? apart.data() : target;
-    stride = columns < NR ? NR : N;
-  }
-  void finish() const {
-    if (columns < NR)
-      for (int64_t m = 0; m < rows; m++)
-        std::memcpy(target + m * size, at + m * NR, columns * sizeof(float));
-  }
-  int64_t columns, stride;
-  float* at;
-
- private:
-  int64_t rows, size;
-  float* target;
-  std::vector<float> apart;
-};
+// y[:, t NR : (t + 1) NR] for `rows` of y [., N]; `multiply` is given rows and the column at which
+// it writes. The last tile may reach beyond y, and is multiplied apart.
+template <class F>
+void columns_of(const std::vector<Row>& rows, int64_t N, int64_t t, F multiply) {
+  int64_t columns = N - t * NR;
+  if (columns >= NR) return multiply(rows, t * NR);
+  std::vector<float> whole(rows.size() * NR);
+  std::vector<Row> apart(rows);
+  for (size_t m = 0; m < rows.size(); m++) apart[m].y = whole.data() + m * NR;
+  multiply(apart, 0);
+  for (size_t m = 0; m < rows.size(); m++)
+    std::memcpy(rows[m].y + t * NR, apart[m].y, columns * sizeof(float));
+}
 
 using Floats = ffi::AnyBuffer;
 
@@ -187,22 +187,30 @@ ffi::Error Pack(ffi::ThreadPool pool, Floats kernels, ffi::Result<Floats> tiles,
   return ffi::Error::Success();
 }
 
-// x [M, K], tiles [ceil(N / NR), K, NR] -> x W [M, N].
-ffi::Error Dot(ffi::ThreadPool pool, Floats x, Floats tiles, ffi::Result<Floats> y) {
+// x [M, K], tiles [ceil(N / NR), K, NR], real [M] -> x W [M, N], 0 in rows that are not real.
+ffi::Error Dot(ffi::ThreadPool pool, Floats x, Floats tiles, ffi::Buffer<ffi::PRED> real,
+               ffi::Result<Floats> y) {
   if (!floats(x, 2) || !floats(tiles, 3) || !floats(*y, 2)) return wrong("Dot takes float32");
   int64_t M = x.dimensions()[0], K = x.dimensions()[1], N = y->dimensions()[1];
   int64_t count = tiles.dimensions()[0];
   if (y->dimensions()[0] != M || tiles.dimensions()[1] != K || tiles.dimensions()[2] != NR ||
-      count != (N + NR - 1) / NR)
+      count != (N + NR - 1) / NR || static_cast<int64_t>(real.element_count()) != M)
     return wrong("Dot: shapes do not match");
-  const float *xs = x.typed_data<float>(), *ws = tiles.typed_data<float>();
-  float* ys = y->typed_data<float>();
-  int64_t step = M > MR ? KC : K;
-  in_parallel(pool, count, [=](int64_t t) {
-    Result out(ys, M, N, t);
-    for (int64_t k = 0; k < K; k += step)
-      products(M, xs + k, K, ws + (t * K + k) * NR, std::min(step, K - k), out.at, out.stride, k > 0);
-    out.finish();
+  const float* ws = tiles.typed_data<float>();
+  std::vector<Row> rows;
+  for (int64_t m = 0; m < M; m++) {
+    Row row{x.typed_data<float>() + m * K, y->typed_data<float>() + m * N};
+    if (real.typed_data()[m])
+      rows.push_back(row);
+    else
+      std::fill(row.y, row.y + N, 0.0f);
+  }
+  int64_t step = rows.size() > MR ? KC : K;
+  in_parallel(pool, count, [=, &rows](int64_t t) {
+    columns_of(rows, N, t, [=](const std::vector<Row>& these, int64_t column) {
+      for (int64_t k = 0; k < K; k += step)
+        products(these, k, std::min(step, K - k), ws + (t * K + k) * NR, column);
+    });
   });
   return ffi::Error::Success();
 }
@@ -237,7 +245,10 @@ void transpose(const float* words, int64_t ldw, int64_t rows, int64_t k, float* 
     for (; r + W <= rows && i + W <= k; i += W) {
       Vec x[W];
 #pragma GCC unroll 16
-      for (int j = 0; j < W; j++) x[j] = load(words + (r + j) * ldw + i);
+      for (int j = 0; j < W; j++) {
+        x[j] = load(words + (r + j) * ldw + i);
+        __builtin_prefetch(words + (r + j + NR) * ldw + i);
+      }
       exchange<W / 2>(x);
 #pragma GCC unroll 16
       for (int j = 0; j < W; j++) store(tile + (i + j) * NR + r, x[j]);
@@ -254,17 +265,22 @@ ffi::Error Scores(ffi::ThreadPool pool, Floats x, Floats words, ffi::Result<Floa
   int64_t M = x.dimensions()[0], K = x.dimensions()[1], V = words.dimensions()[0];
   if (words.dimensions()[1] != K || y->dimensions()[0] != M || y->dimensions()[1] != V)
     return wrong("Scores: shapes do not match");
-  const float *xs = x.typed_data<float>(), *ws = words.typed_data<float>();
-  float* ys = y->typed_data<float>();
-  in_parallel(pool, (V + NR - 1) / NR, [=](int64_t t) {
-    Result out(ys, M, V, t);
+  const float* ws = words.typed_data<float>();
+  std::vector<Row> rows;
+  for (int64_t m = 0; m < M; m++)
+    rows.push_back({x.typed_data<float>() + m * K, y->typed_data<float>() + m * V});
+  constexpr int64_t RUN = 8;  // tiles of one part, so that the next one can be prefetched
+  int64_t count = (V + NR - 1) / NR;
+  in_parallel(pool, (count + RUN - 1) / RUN, [=, &rows](int64_t part) {
     std::vector<float> tile(KC * NR);
-    for (int64_t k = 0; k < K; k += KC) {
-      int64_t width = std::min(KC, K - k);
-      transpose(ws + t * NR * K + k, K, out.columns, width, tile.data());
-      products(M, xs + k, K, tile.data(), width, out.at, out.stride, k > 0);
-    }
-    out.finish();
+    for (int64_t t = part * RUN; t < std::min(count, (part + 1) * RUN); t++)
+      columns_of(rows, V, t, [&](const std::vector<Row>& these, int64_t column) {
+        for (int64_t k = 0; k < K; k += KC) {
+          int64_t width = std::min(KC, K - k);
+          transpose(ws + t * NR * K + k, K, std::min(NR, V - t * NR), width, tile.data());
+          products(these, k, width, tile.data(), column);
+        }
+      });
   });
   return ffi::Error::Success();
 }
@@ -307,10 +323,11 @@ void attend_one(const float* q, const float* keys, const float* values, const bo
   for (int64_t r = 0; r < R; r++) {
     const float* query = q + r * h;
     float* w = weights + r * room;
+    const bool* sees = mask + r % T * S + first;
     float most = -std::numeric_limits<float>::infinity();
     for (int64_t s = 0; s < width; s++) {
       w[s] = -1e30f;
-      if (!mask[r % T * S + first + s]) continue;
+      if (!sees[s]) continue;
       const float* key = keys + (first + s) * h;
       if (r == 0)  // the values are next
         for (int64_t i = 0; i < h; i += LINE) __builtin_prefetch(values + (first + s) * h + i);
@@ -410,7 +427,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>().Attr<int64_t>("layer"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     minillm_dot, Dot,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<ffi::Buffer<ffi::PRED>>()
+        .Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     minillm_scores, Scores,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>());

@@ -43,6 +43,7 @@ class Packed:
     """A kernel [K, N] laid out for `dot`."""
 
     tiles: jax.Array  # [ceil(N / columns), K, columns] float32, 0 beyond N
+    real: jax.Array | None  # [M] bool, the rows that are multiplied; None: all of them
     features: int = flax.struct.field(pytree_node=False)  # N
 
 
@@ -64,12 +65,20 @@ def pack(kernels: jax.Array, layer: int) -> Packed:
     _, rows, features = kernels.shape
     columns = _loaded().minillm_columns()
     shape = (-(-features // columns), rows, columns)
-    return Packed(_call("pack", shape)(kernels, layer=np.int64(layer)), features)
+    return Packed(_call("pack", shape)(kernels, layer=np.int64(layer)), None, features)
+
+
+def only(params: Any, real: jax.Array) -> Any:
+    """Return `params` with kernels that multiply the `real` rows [M] alone."""
+    is_packed = lambda leaf: isinstance(leaf, Packed)  # noqa: E731
+    mark = lambda leaf: leaf.replace(real=real) if is_packed(leaf) else leaf  # noqa: E731
+    return jax.tree.map(mark, params, is_leaf=is_packed)
 
 
 def dot(x: jax.Array, kernel: Packed) -> jax.Array:
-    """Return x W, [M, N] for `x` [M, K]."""
-    return _call("dot", (x.shape[0], kernel.features))(x, kernel.tiles)
+    """Return x W, [M, N] for `x` [M, K]; 0 in rows that are not real."""
+    real = jnp.ones(x.shape[0], bool) if kernel.real is None else kernel.real
+    return _call("dot", (x.shape[0], kernel.features))(x, kernel.tiles, real)
 
 
 def scores(x: jax.Array, words: jax.Array) -> jax.Array:

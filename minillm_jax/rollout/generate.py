@@ -185,16 +185,17 @@ def go_on(
         scores = warped(warp, scores, now.history, width + now.t)
         uniform = jax.lax.dynamic_index_in_dim(now.uniforms, now.t, axis=1, keepdims=False)
         token = jnp.where(now.done, pad_id, chosen(scores, uniform))
-        here = jnp.ones_like(now.done)[:, None]
         states = now.states
         if states is not None:
             state = jnp.where(now.done[:, None], 0, now.hidden)[:, None]
             states = jax.lax.dynamic_update_slice(states, state, (0, now.t, 0))
+        done = now.done | (token == eos_id) | (now.t + 1 >= now.limits)
+        here = ~done[:, None]
         hidden, cache = extend(config, weights, token[:, None], here, now.cache, dtype=kind)
         return dataclasses.replace(
             now,
             t=now.t + 1,
-            done=now.done | (token == eos_id) | (now.t + 1 >= now.limits),
+            done=done,
             hidden=hidden[:, 0],
             cache=cache,
             history=jax.lax.dynamic_update_slice(now.history, token[:, None], (0, width + now.t)),

@@ -121,8 +121,7 @@ def collect(
             mask = jax.lax.dynamic_update_slice(mask, ~done[:, None], (0, t))
             log_q = jax.lax.dynamic_update_slice(log_q, log_prob[:, None], (0, t))
             done = done | (token == mixing.eos_id)
-            here = jnp.ones((rows, 1), bool)
-            hidden, cache = read_q(token[:, None], here, cache)
+            hidden, cache = read_q(token[:, None], ~done[:, None], cache)
         return t + 1, done, hidden[:, 0], cache, tokens, mask, log_q, teacher_scores
 
     def unfinished(t, done):
@@ -147,7 +146,8 @@ def collect(
         )
         with jax.named_scope("teacher_chunk"):
             waiting = jax.lax.dynamic_slice_in_dim(tokens, first, chunk, axis=1)
-            real = jnp.broadcast_to(jnp.arange(chunk)[None] < t - first, waiting.shape)
+            real = jnp.arange(chunk)[None] < t - first
+            real &= jax.lax.dynamic_slice_in_dim(mask, first, chunk, axis=1)
             read, p_cache = read_p(waiting, real, p_cache, advance=t - first)
             states = jax.lax.dynamic_update_slice(states, read, (0, first + 1, 0))
         return t, done, hidden, q_cache, tokens, mask, log_q, states, p_cache
@@ -159,7 +159,7 @@ def collect(
         hidden[:, -1],
         q_cache,
         jnp.full((rows, buffer), mixing.pad_id, jnp.int32),
-        jnp.zeros((rows, slots), bool),
+        jnp.zeros((rows, buffer), bool),
         jnp.zeros((rows, slots), jnp.float32),
         states,
         p_cache,
@@ -167,7 +167,7 @@ def collect(
     t, _, _, _, tokens, mask, log_q, states, _ = jax.lax.while_loop(
         lambda carry: unfinished(carry[0], carry[1]), round_trip, start
     )
-    tokens, states = tokens[:, :slots], states[:, :slots]
+    tokens, mask, states = (x[:, :slots] for x in (tokens, mask, states))
     log_p = jnp.where(mask, _label_log_probs(p_head, states, tokens, t, vocab), 0.0)
     log_mix = jnp.where(mask, log_mixture(log_q, log_p, mixing.alpha), 0.0)
     return Rollout(

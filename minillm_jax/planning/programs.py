@@ -16,7 +16,7 @@ import numpy as np
 
 from minillm_jax import assemble
 from minillm_jax.build import SECTIONS
-from minillm_jax.models import DecoderConfig, abstract_params
+from minillm_jax.models import DecoderConfig, abstract_params, native
 from minillm_jax.planning.shapes import Shapes
 from minillm_jax.rollout.mixed import Mixing, Rollout, collect
 from minillm_jax.sharding import batch_sharding, replicated
@@ -146,7 +146,9 @@ def _head(config: DecoderConfig, tokens: int) -> float:
 
 
 def _lowered(build: Shapes, function: Any, arguments: tuple) -> Any:
-    with jax.set_mesh(build.mesh):  # as in training; nothing may be computed under it here
+    # As in training; nothing may be computed under the mesh here. And without calls of our own, of
+    # which the compiler knows nothing.
+    with jax.set_mesh(build.mesh), native.without():
         return function.lower(*arguments)
 
 

@@ -132,7 +132,13 @@ def collect(
         first, done, hidden, q_cache, tokens, mask, log_q, states, p_cache = carry
         with jax.named_scope("teacher_turn"):
             state = jax.lax.dynamic_index_in_dim(states, first, axis=1, keepdims=False)
-            teacher_scores = logits(p_head, state)[:, :vocab]
+            # Not where the last chunk was merely full.
+            teacher_scores = jax.lax.cond(
+                coins[first],
+                lambda state: logits(p_head, state)[:, :vocab],
+                lambda state: jnp.zeros((rows, vocab), jnp.float32),
+                state,
+            )
 
         def students_turn(inner):
             t, done = inner[0], inner[1]

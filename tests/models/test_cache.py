@@ -1,5 +1,6 @@
 """The cached forward equals the full one, however the sequence is cut and padded."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -24,16 +25,22 @@ MASK = jnp.array(  # left padding, then none, then a row that ends early, then n
 
 
 @functools.cache
-def case(name):
-    """The config, parameters, tokens, full states and a jitted `extend` of one kind of layer."""
+def case(name, path="native"):
+    """The config, parameters, tokens, full states and a jitted `extend` of one kind of layer.
+
+    By the products and the attention in C++, where there is a compiler, or by XLA's.
+    """
     config, tokens = CONFIGS[name], tokens_of(*MASK.shape)
     params = params_of(config)
     full = jax.jit(lambda: hidden_states(config, params, tokens, MASK))()
-    layers = unstack(config, params)
+    traced = native.without if path == "xla" else contextlib.nullcontext
+    with traced():
+        layers = jax.jit(lambda: unstack(config, params, "float32"))()
 
     @jax.jit
     def step(tokens, mask, cache, advance):
-        return extend(config, layers, tokens, mask, cache, advance=advance)
+        with traced():
+            return extend(config, layers, tokens, mask, cache, advance=advance)
 
     return config, tokens, full, step
 
@@ -43,9 +50,10 @@ def check(hidden, full):
     np.testing.assert_allclose(hidden[MASK], full[MASK], atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("path", ["native", "xla"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_chunks_and_single_steps_equal_the_full_forward(name):
-    config, tokens, full, step = case(name)
+def test_chunks_and_single_steps_equal_the_full_forward(name, path):
+    config, tokens, full, step = case(name, path)
     cache, states = init_cache(config, 4, 12), []
     for start, end in ((0, 4), (4, 8), (8, 9), (9, 10)):
         chunk = slice(start, end)
@@ -84,7 +92,7 @@ def test_scanned_layers_are_those_of_a_lower_precision():
 @pytest.mark.parametrize("name", ["llama", "gpt_neo", "gpt2"])
 def test_a_long_cache_is_read_as_far_as_it_is_filled(name, monkeypatch):
     config, tokens, full, _ = case(name)
-    monkeypatch.setattr(native, "usable", lambda *_: False)  # which reads no more than it must
+    monkeypatch.setattr(native, "usable", lambda *_: False)  # for that reads no more than it must
     monkeypatch.setattr(attention, "LONG", 12)
     reads, switch = [], jax.lax.switch
 
@@ -124,7 +132,7 @@ def test_a_loop_carries_the_cache_without_a_copy(long, monkeypatch):
     params = params_of(config)
 
     def loop(cache):
-        layers = unstack(config, params)
+        layers = unstack(config, params, "float32")
         tokens, mask = jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1), bool)
         return jax.lax.while_loop(
             lambda cache: cache.index < 12,

@@ -5,8 +5,7 @@ multiply: they lay each kernel out anew for every few rows (benchmarks/README.md
 the kernels are laid out once, before the loop, and read by a loop of our own. The file is compiled
 when it is first needed, by the compiler of this machine and for its instructions, and kept in the
 cache. Where there is no compiler, or MINILLM_NATIVE=0, all goes by XLA, with the same results but
-for rounding. There are no gradients: training, and whatever runs on several devices or is not in
-float32, does not come here.
+for rounding. Training, and whatever runs on several devices or is not in float32, does not come here.
 """
 
 import contextlib
@@ -97,9 +96,16 @@ def dot(x: jax.Array, kernel: Packed) -> jax.Array:
     return _call("dot", (x.shape[0], kernel.features))(x, kernel.tiles, real)
 
 
+@jax.custom_jvp
 def scores(x: jax.Array, words: jax.Array) -> jax.Array:
     """Return x W^T, [M, V] for `x` [M, E] and `words` [V, E], which are read where they lie."""
     return _call("scores", (x.shape[0], words.shape[0]))(x, words)
+
+
+@scores.defjvp
+def _scores_jvp(primals, tangents):
+    (x, words), (dx, dwords) = primals, tangents
+    return scores(x, words), dx @ words.T + x @ dwords.T
 
 
 def attend(

@@ -60,6 +60,18 @@ def test_scores_are_those_of_numpy(rows, words, width):
     close(native.scores(x, weight), expected, scale=width**0.5)
 
 
+@needs_compiler
+def test_logits_have_the_gradient_of_a_product():
+    """They are the one call that a loss may reach."""
+    weight, x = normal(0, 23, 16), normal(1, 5, 16)
+
+    def loss(product):
+        return jax.grad(lambda x, w: jnp.sum(jnp.tanh(product(x, w))), (0, 1))(x, weight)
+
+    for found, expected in zip(loss(native.scores), loss(lambda x, w: x @ w.T), strict=True):
+        close(found, expected)
+
+
 def attended(q, k, v, mask, scale):
     """Attention in float64; 0 where nothing is seen."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))

@@ -236,7 +236,7 @@ def logits(head: Head, hidden: jax.Array) -> jax.Array:
     weight = head.weight.astype(hidden.dtype)
     product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
     axes = (((hidden.ndim - 1,), (1,)), ((), ()))
-    if hidden.ndim == 2 and hidden.shape[0] > 1 and native.usable(hidden, weight):
+    if hidden.ndim == 2 and native.usable(hidden, weight):
         scores = native.scores(hidden, weight)
     elif hidden.ndim == 2 and platform() == "cpu":
         # As W x^T, for x W^T lays the whole W out anew. XLA would turn it back but for the barrier.

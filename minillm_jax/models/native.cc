@@ -17,6 +17,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -75,8 +76,9 @@ void in_parallel(ffi::ThreadPool& pool, int64_t parts, F f) {
     pool.Schedule(std::move(copy));
   }
   work();
-  while (count->done.load() < parts) {
-  }
+  // Parts are short. But on a machine that is shared, who has one may be waiting for this core.
+  for (int turns = 0; count->done.load() < parts; turns++)
+    if (turns > 1000) std::this_thread::yield();
 }
 
 // The rows of x and of y that are multiplied, one after another.
@@ -154,7 +156,8 @@ bool floats(const ffi::AnyBuffer& x, size_t rank) {
 
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
-// Memory that is new for every program costs a fault for each page of 4 KB: as long as the copy.
+// Memory that is new for every program costs a fault for each page of 4 KB: as long as the copy. The
+// tiles of a program lie side by side, so that a page that reaches beyond one holds parts of others.
 void in_large_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 1 << 21;
@@ -194,7 +197,7 @@ ffi::Error Dot(ffi::ThreadPool pool, Floats x, Floats tiles, ffi::Buffer<ffi::PR
   int64_t M = x.dimensions()[0], K = x.dimensions()[1], N = y->dimensions()[1];
   int64_t count = tiles.dimensions()[0];
   if (y->dimensions()[0] != M || tiles.dimensions()[1] != K || tiles.dimensions()[2] != NR ||
-      count != (N + NR - 1) / NR || static_cast<int64_t>(real.element_count()) != M)
+      count != (N + NR - 1) / NR || static_cast<int64_t>(real.element_count()) != M || K < 1)
     return wrong("Dot: shapes do not match");
   const float* ws = tiles.typed_data<float>();
   std::vector<Row> rows;
@@ -263,7 +266,7 @@ void transpose(const float* words, int64_t ldw, int64_t rows, int64_t k, float* 
 ffi::Error Scores(ffi::ThreadPool pool, Floats x, Floats words, ffi::Result<Floats> y) {
   if (!floats(x, 2) || !floats(words, 2) || !floats(*y, 2)) return wrong("Scores takes float32");
   int64_t M = x.dimensions()[0], K = x.dimensions()[1], V = words.dimensions()[0];
-  if (words.dimensions()[1] != K || y->dimensions()[0] != M || y->dimensions()[1] != V)
+  if (words.dimensions()[1] != K || y->dimensions()[0] != M || y->dimensions()[1] != V || K < 1)
     return wrong("Scores: shapes do not match");
   const float* ws = words.typed_data<float>();
   std::vector<Row> rows;
@@ -314,6 +317,8 @@ inline Vec exponential(Vec x) {
   return p * (Vec)power;  // its bits are those of 2^n
 }
 
+constexpr float UNSEEN = -1e30f;
+
 // One head of keys and values [S, h] for queries [R, h], of which query r sees what mask[r % T]
 // says of the slots from `first` to `end`; `weights` has room for [R, end - first + W].
 void attend_one(const float* q, const float* keys, const float* values, const bool* mask, float* y,
@@ -325,8 +330,9 @@ void attend_one(const float* q, const float* keys, const float* values, const bo
     float* w = weights + r * room;
     const bool* sees = mask + r % T * S + first;
     float most = -std::numeric_limits<float>::infinity();
+    bool any = false;
     for (int64_t s = 0; s < width; s++) {
-      w[s] = -1e30f;
+      w[s] = UNSEEN;
       if (!sees[s]) continue;
       const float* key = keys + (first + s) * h;
       if (r == 0)  // the values are next
@@ -338,19 +344,20 @@ void attend_one(const float* q, const float* keys, const float* values, const bo
       for (; i < h; i++) score += query[i] * key[i];
       w[s] = score * scale;
       most = std::max(most, w[s]);
+      any = true;
     }
     float* out = y + r * h;
-    if (most < -1e29f) {  // sees nothing: a row of padding
+    if (!any) {  // a query of padding
       std::fill(out, out + h, 0.0f);
       continue;
     }
-    std::fill(w + width, w + room, -1e30f);
+    std::fill(w + width, w + room, UNSEEN);
     Vec total{};
     for (int64_t s = 0; s < width; s += W) {
       Vec e = exponential(load(w + s) - most);
-      // Not e^-87 where a slot is not seen: there it is 0.
-      Vec seen = load(w + s);
-      e = seen < -1e29f ? Vec{} : e;
+      // Not e^-87 where a slot is not seen: there it is 0. What is no number stays none.
+      Vec score = load(w + s);
+      e = score == UNSEEN ? Vec{} : score != score ? score : e;
       total += e;
       store(w + s, e);
     }

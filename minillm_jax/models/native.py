@@ -5,20 +5,22 @@ multiply: they lay each kernel out anew for every few rows (benchmarks/README.md
 the kernels are laid out once, before the loop, and read by a loop of our own. The file is compiled
 when it is first needed, by the compiler of this machine and for its instructions, and kept in the
 cache. Where there is no compiler, or MINILLM_NATIVE=0, all goes by XLA, with the same results but
-for rounding. Training, and whatever runs on several devices or is not in float32, does not come here.
+for rounding. What runs on several devices or is not in float32 does not come here, nor does
+training: of all this the logits alone have a gradient.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import hashlib
 import os
-import platform as machine
+import platform as system
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +50,13 @@ class Packed:
     features: int = flax.struct.field(pytree_node=False)  # N
 
 
-_wanted = True
+# A part of what a trace is kept under: a program traced without is not taken for one with.
+_wanted = jax.make_user_context(True)
 
 
-@contextlib.contextmanager
-def without() -> Iterator[None]:
+def without() -> contextlib.AbstractContextManager[None]:
     """Trace programs as if there were no compiler: for other machines, or to be counted."""
-    global _wanted
-    before, _wanted = _wanted, False
-    try:
-        yield
-    finally:
-        _wanted = before
+    return _wanted(False)
 
 
 def usable(*arrays: jax.Array) -> bool:
@@ -67,7 +64,7 @@ def usable(*arrays: jax.Array) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
     floats = all(x.dtype == jnp.float32 for x in arrays)
-    return _wanted and floats and alone and platform() == "cpu" and _library() is not None
+    return _wanted.value and floats and alone and platform() == "cpu" and _library() is not None
 
 
 def packs(kernels: jax.Array) -> bool:
@@ -139,52 +136,64 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_compiled()))
-    except OSError as error:
+        library.minillm_columns.restype = ctypes.c_int64
+        for name in _HANDLERS:
+            handler = jax.ffi.pycapsule(getattr(library, f"minillm_{name}"))
+            jax.ffi.register_ffi_target(f"minillm_{name}", handler, platform="cpu")
+    except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
         print(f"decoding goes by XLA alone, which is slower: {error}", file=sys.stderr, flush=True)
         return None
-    library.minillm_columns.restype = ctypes.c_int64
-    for name in _HANDLERS:
-        handler = jax.ffi.pycapsule(getattr(library, f"minillm_{name}"))
-        jax.ffi.register_ffi_target(f"minillm_{name}", handler, platform="cpu")
     return library
 
 
 def _compiled() -> Path:
     """Where the compiled file is; it is compiled here if it is not there yet.
 
-    Raises OSError: no compiler, or one that fails, or no place for its result.
+    Raises OSError: no compiler, or all of them fail, or no place for the result.
     """
-    names = (os.environ.get("CXX"), *_COMPILERS)
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
-    if compiler is None:
-        raise OSError("no C++ compiler on this machine; install g++ or clang++")
     # One home may serve several kinds of machines, and several environments.
-    told = (_SOURCE.read_bytes(), *map(str.encode, (_processor(), jax.__version__, compiler)))
-    digest = hashlib.sha256(b"\0".join((*told, *map(str.encode, _FLAGS)))).hexdigest()
-    kept = fetch.cache() / f"native-{digest[:16]}.so"
-    if kept.is_file():
-        return kept
+    told = (_processor(), jax.__version__, os.environ.get("CXX", ""), *_FLAGS)
+    digest = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), *map(str.encode, told)))).hexdigest()
+    name = f"native-{digest[:16]}.so"
     try:
+        kept = fetch.cache().absolute() / name
+        if kept.is_file():
+            return kept
         kept.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=".native-", dir=kept.parent)
-    except OSError:  # for this process alone, then
-        folder = tempfile.mkdtemp(prefix="native-")
-    built = Path(folder, kept.name)
-    command = [compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(built)]
-    # Older compilers for ARM know their own machine by -mcpu alone.
-    for own in ("-march=native", "-mcpu=native"):
-        done = subprocess.run([*command, own], capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            break
-    else:
+    except (OSError, RuntimeError):  # nobody's home, or not to be written: for this process alone
+        kept, folder = None, tempfile.mkdtemp(prefix="native-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    built = Path(folder, name)
+    try:
+        _compile(built)
+    except OSError:
         shutil.rmtree(folder, ignore_errors=True)
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["it failed"]
-        raise OSError(f"{compiler} does not compile {_SOURCE.name}: {lines[0].strip()}")
-    if built.parent.parent != kept.parent:
+        raise
+    if kept is None:
         return built
     os.replace(built, kept)  # whichever of several processes comes last
     os.rmdir(folder)
     return kept
+
+
+def _compile(built: Path) -> None:
+    """Compile with the first compiler that can."""
+    own = os.environ.get("CXX")
+    why = "no C++ compiler on this machine; install g++ or clang++"
+    for words in ([shlex.split(own)] if own else []) + [[name] for name in _COMPILERS]:
+        if not words or (compiler := shutil.which(words[0])) is None:
+            continue
+        command = [compiler, *words[1:], *_FLAGS, "-isystem", jax.ffi.include_dir()]
+        command += [str(_SOURCE), "-o", str(built)]
+        # Older compilers for ARM know their own machine by -mcpu alone.
+        for machine in ("-march=native", "-mcpu=native"):
+            done = subprocess.run([*command, machine], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["it failed"]
+        why = f"{compiler} does not compile {_SOURCE.name}: {lines[0].strip()}"
+    raise OSError(why)
 
 
 def _processor() -> str:
@@ -192,6 +201,6 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return f"{machine.machine()} {machine.processor()}"
+        return f"{system.machine()} {system.processor()}"
     told = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(told)}))

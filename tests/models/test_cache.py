@@ -124,10 +124,12 @@ def test_a_padded_chunk_is_overwritten_by_the_next(name):
     assert cache.index == 10
 
 
-@pytest.mark.parametrize("long", [10**9, 12])
-def test_a_loop_carries_the_cache_without_a_copy(long, monkeypatch):
+@pytest.mark.parametrize("path, long", [("native", 10**9), ("xla", 10**9), ("xla", 12)])
+def test_a_loop_carries_the_cache_without_a_copy(path, long, monkeypatch):
     """The compiled loop body holds one in-place update per cached array and copies none of them."""
     monkeypatch.setattr(attention, "LONG", long)
+    if path == "xla":
+        monkeypatch.setattr(native, "usable", lambda *_: False)
     config = dataclasses.replace(LLAMA, layers=2)
     params = params_of(config)
 

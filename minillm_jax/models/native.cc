@@ -355,9 +355,8 @@ void attend_one(const float* q, const float* keys, const float* values, const bo
     Vec total{};
     for (int64_t s = 0; s < width; s += W) {
       Vec e = exponential(load(w + s) - most);
-      // Not e^-87 where a slot is not seen: there it is 0. What is no number stays none.
-      Vec score = load(w + s);
-      e = score == UNSEEN ? Vec{} : score != score ? score : e;
+      // Not e^-87 where a slot is not seen: there it is 0.
+      e = load(w + s) == UNSEEN ? Vec{} : e;
       total += e;
       store(w + s, e);
     }

@@ -1,5 +1,7 @@
 """What has ended, or is padding, is not multiplied: counted in the products of a CPU, in C++."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,25 +19,33 @@ PROMPT, MASK = prompts(8, 5, VOCAB)
 pytestmark = pytest.mark.skipif(native._library() is None, reason="no C++ compiler here")
 
 
+class Counts:
+    """Sums by kind and width; what is added comes from several threads."""
+
+    def __init__(self):
+        self.added = []
+
+    def add(self, kind, width, n):
+        self.added.append((kind, width, int(n)))
+
+    def of(self, kind):
+        jax.effects_barrier()
+        widths = {width for name, width, _ in self.added if name == kind}
+        return {w: sum(n for k, at, n in self.added if (k, at) == (kind, w)) for w in widths}
+
+
 @pytest.fixture
 def counts(monkeypatch):
     """Rows that products multiply, and products of the head, by the width of the model."""
-    found = {"rows": {}, "heads": {}}
-    dot, scores = native.dot, native.scores
-
-    def count(kind, width):
-        def add(n):
-            found[kind][width] = found[kind].get(width, 0) + int(n)
-
-        return add
+    found, dot, scores = Counts(), native.dot, native.scores
 
     def counted_dot(x, kernel):
         if kernel.tiles.shape[1] == x.shape[1] and x.shape[1] in (STUDENT.width, TEACHER.width):
-            jax.debug.callback(count("rows", x.shape[1]), jnp.sum(kernel.real))
+            jax.debug.callback(partial(found.add, "rows", x.shape[1]), jnp.sum(kernel.real))
         return dot(x, kernel)
 
     def counted_scores(x, words):
-        jax.debug.callback(count("heads", x.shape[1]), 1)
+        jax.debug.callback(partial(found.add, "heads", x.shape[1]), 1)
         return scores(x, words)
 
     jax.clear_caches()  # programs without the counts
@@ -58,26 +68,24 @@ def test_generation_multiplies_no_more_than_the_tokens(counts):
         STUDENT, Q, PROMPT, MASK, jax.random.key(2), slots=SLOTS, warp=Warp(), eos_id=EOS,
         pad_id=0, vocab=VOCAB,
     )  # fmt: skip
-    jax.effects_barrier()
     written = int(found.mask.sum())
     assert written < found.mask.size and not MASK.all()
     read = int(MASK.sum()) + written - len(PROMPT)  # nobody reads the last token of a row
-    assert counts["rows"] == {STUDENT.width: products(STUDENT, Q) * read}
+    assert counts.of("rows") == {STUDENT.width: products(STUDENT, Q) * read}
 
 
 def test_a_collection_multiplies_no_more_and_asks_the_teacher_when_its_coin_is_up(counts):
     key = jax.random.key(4)
     mixing = Mixing(slots=SLOTS, alpha=0.3, chunk=3, eos_id=EOS, pad_id=EOS, vocab=VOCAB)
     found = collect(STUDENT, TEACHER, Q, P, PROMPT, MASK, key, mixing)
-    jax.effects_barrier()
     written, longest = int(found.response_mask.sum()), int(found.response_mask.sum(1).max())
     assert written < found.response_mask.size
     ended = int(jnp.any(found.response_mask & (found.response == EOS), axis=1).sum())
     prompt = int(MASK.sum())
-    assert counts["rows"] == {
+    assert counts.of("rows") == {
         STUDENT.width: products(STUDENT, Q) * (prompt + written - ended),
         TEACHER.width: products(TEACHER, P) * (prompt + written),
     }
     coins = np.asarray(jax.random.bernoulli(jax.random.split(key)[0], 0.3, (SLOTS,)))[:longest]
     assert 0 < coins.sum() < len(coins)
-    assert counts["heads"] == {STUDENT.width: longest, TEACHER.width: coins.sum()}
+    assert counts.of("heads") == {STUDENT.width: longest, TEACHER.width: coins.sum()}

@@ -166,11 +166,13 @@ def test_it_is_used_in_float32_on_one_cpu_alone():
     with native.without():
         assert "minillm" not in program()
     assert "minillm_pack" in program()
+    one = jnp.ones(1)
+    assert native.usable(one)
     for platform in ("gpu", "tpu"):
         device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
         mesh = AbstractMesh((1, 1, 1), MESH_AXES, abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
-            assert not native.usable(jnp.ones(1))
+            assert not native.usable(one)
 
 
 @needs_compiler

@@ -35,6 +35,7 @@ import jax
 from fsspec.config import conf
 
 from minillm_jax import hosts, stopping
+from minillm_jax.models import fetch
 from minillm_jax.types import InputError
 
 SILENCE = 60.0  # seconds after which the run of another host is taken for dead
@@ -54,9 +55,8 @@ class Bucket:
         self.url = url.rstrip("/")
         self._root = self.url.removeprefix("gs://")
         self._objects = _file_system()
-        home = os.environ.get("MINILLM_CACHE") or Path.home() / ".cache" / "minillm_jax"
         rank = str(jax.process_index())
-        self.image = image or Path(home) / "runs" / quote(self._root, safe="") / rank
+        self.image = image or fetch.cache() / "runs" / quote(self._root, safe="") / rank
         self._pulled: dict[str, str] = {}  # generations of what is in the image
         self._pushed: dict[str, tuple[int, int]] = {}  # sizes and times of what is in the bucket
         self._last = 0.0

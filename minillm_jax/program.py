@@ -95,12 +95,13 @@ def keep_programs() -> None:
     """
     import jax  # which --help does not need
 
+    from minillm_jax.models import fetch
+
     settings: Any = jax.config  # whose attributes are made at run time
     if settings.jax_compilation_cache_dir is not None:
         return
     try:
-        home = os.environ.get("MINILLM_CACHE") or Path.home() / ".cache" / "minillm_jax"
-        folder = Path(home) / "compiled"
+        folder = fetch.cache() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):
         return

@@ -49,7 +49,10 @@ def config(spec: str) -> dict[str, Any] | Path:
 
 
 def cache() -> Path:
-    """Where what was fetched or compiled is kept: `$MINILLM_CACHE`, or a folder of the user."""
+    """Where what was fetched or compiled is kept: `$MINILLM_CACHE`, or a folder of the user.
+
+    Raises RuntimeError where there is neither.
+    """
     return Path(os.environ.get("MINILLM_CACHE") or "~/.cache/minillm_jax").expanduser()
 
 

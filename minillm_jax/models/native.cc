@@ -8,7 +8,7 @@
 //     kernel [K, N]   ->   tiles [ceil(N / NR), K, NR]        NR columns lie side by side, and a
 //                                                             tile is read from front to back
 //
-// Every number is a sum over k in rising order, whatever the rows, the tile and the threads are: a
+// A number of a product is a sum over k in rising order, whatever the rows, the tile and the threads are: a
 // row has the same result alone and in a batch, bit by bit.
 
 #include <algorithm>

@@ -266,10 +266,11 @@ def test_without_a_place_to_keep_it_is_for_this_process(fresh, monkeypatch):
 
 @needs_compiler
 def test_a_relative_cache_keeps_it_too(fresh, monkeypatch):
+    """By its whole path: a name without a folder is looked for among the system's libraries."""
     monkeypatch.chdir(fresh)
-    monkeypatch.setenv("MINILLM_CACHE", "here")
+    monkeypatch.setenv("MINILLM_CACHE", ".")
     kept = native._compiled()
-    assert [kept.name] == os.listdir("here")
+    assert kept.is_absolute() and os.listdir(".") == [kept.name]
 
 
 def script(path, lines):

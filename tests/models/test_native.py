@@ -299,10 +299,11 @@ def test_machines_with_shorter_vectors_have_the_same_products(fresh, monkeypatch
     instead = f'set -- $(echo "$@" | sed s/-march=native/-march={vectors}/)'
     monkeypatch.setenv("CXX", script(fresh / "older", f'{instead}\nexec {real} "$@"'))
     names = "numpy or float64 or same_bits or far_apart or no_number or same_tokens"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, __file__, "-k", names], capture_output=True, text=True, check=False,
         cwd=Path(__file__).parents[2],
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
     )  # fmt: skip
     assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout[-2000:]
 

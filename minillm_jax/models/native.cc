@@ -31,18 +31,22 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// W floats in a vector; a product holds MR rows x NV vectors of results in registers.
+// W floats in a vector; a product holds MR rows x NV vectors of results in registers, the scores
+// of words the sums of PANEL rows and some words.
 #if defined(__AVX512F__)
-constexpr int W = 16, NV = 3, MR = 8;
+constexpr int W = 16, NV = 3, MR = 8, PANEL = 8, REGISTERS = 32;
 #elif defined(__AVX__)
-constexpr int W = 8, NV = 2, MR = 6;
+constexpr int W = 8, NV = 2, MR = 6, PANEL = 4, REGISTERS = 16;
 #else
-constexpr int W = 4, NV = 3, MR = 6;
+constexpr int W = 4, NV = 3, MR = 6, PANEL = 4, REGISTERS = 16;
 #endif
 constexpr int64_t NR = W * NV;
 constexpr int64_t KC = 384;  // of the contraction at a time, where several panels read a tile: for L2
 
 constexpr int64_t LINE = 16;  // floats that memory gives at once
+// How far ahead of its use a float is fetched into L2.
+constexpr int64_t TILE_AHEAD = 32 * NR, SCORES_AHEAD = 7168;
+constexpr int64_t SCORES_AT_ONCE = 1 << 17;  // floats of words that a thread takes: 512 KB
 
 typedef float Vec __attribute__((vector_size(W * sizeof(float))));
 typedef float Loose __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
@@ -101,7 +105,10 @@ void product(const Row* rows, int64_t k, int64_t width, const float* tile, int64
   for (int64_t i = 0; i < width; i++, tile += NR) {
     Vec w[NV];
 #pragma GCC unroll 3
-    for (int j = 0; j < NV; j++) w[j] = load(tile + j * W);
+    for (int j = 0; j < NV; j++) {
+      w[j] = load(tile + j * W);
+      __builtin_prefetch(tile + TILE_AHEAD + j * W, 0, 2);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 3
@@ -228,62 +235,119 @@ inline Vec lanes(Vec a, Vec b, std::index_sequence<L...>) {
 #endif
 }
 
-template <int D>
-inline void exchange(Vec (&x)[W]) {
+// The sums of `PANEL` vectors' lanes: that of x[m] in lane m W / PANEL.
+template <int D, int count>
+inline Vec sums(const Vec* x) {
   using all = std::make_index_sequence<W>;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; i++)
-    if (!(i & D)) {
-      Vec low = lanes<D, false>(x[i], x[i + D], all{});
-      x[i + D] = lanes<D, true>(x[i], x[i + D], all{});
-      x[i] = low;
+  if constexpr (D == 0) {
+    return *x;
+  } else if constexpr (count == 1) {
+    Vec half = *x + lanes<D, true>(*x, *x, all{});
+    return sums<D / 2, 1>(&half);
+  } else {
+    Vec half[count / 2];
+#pragma GCC unroll 4
+    for (int i = 0; i < count / 2; i++) {
+      const Vec &a = x[i], &b = x[i + count / 2];
+      half[i] = lanes<D, false>(a, b, all{}) + lanes<D, true>(a, b, all{});
     }
-  if constexpr (D > 1) exchange<D / 2>(x);
-}
-
-// tile[i, r] = words[r, i] for `rows` words, of k numbers each, and 0 up to NR.
-void transpose(const float* words, int64_t ldw, int64_t rows, int64_t k, float* tile) {
-  for (int64_t r = 0; r < NR; r += W) {
-    int64_t i = 0;
-    for (; r + W <= rows && i + W <= k; i += W) {
-      Vec x[W];
-#pragma GCC unroll 16
-      for (int j = 0; j < W; j++) {
-        x[j] = load(words + (r + j) * ldw + i);
-        __builtin_prefetch(words + (r + j + NR) * ldw + i);
-      }
-      exchange<W / 2>(x);
-#pragma GCC unroll 16
-      for (int j = 0; j < W; j++) store(tile + (i + j) * NR + r, x[j]);
-    }
-    for (; i < k; i++)
-      for (int64_t j = r; j < r + W; j++) tile[i * NR + j] = j < rows ? words[j * ldw + i] : 0.0f;
+    return sums<D / 2, count / 2>(half);
   }
 }
 
-// x [M, K], words [V, K] -> x W^T [M, V]. A tile of W^T is laid out where it is multiplied: all of
-// them would be a second head in memory.
+// y[:, v : v + C] of M rows, for C words that lie one after another; `x` [K / W, M, W] holds the
+// rows' numbers in the order in which they are read, but for those beyond the last whole vector.
+template <int M, int C>
+void scores_of(const float* x, const Row* rows, const float* words, int64_t K, int64_t v) {
+  Vec sum[C][PANEL] = {};
+  words += v * K;
+  int64_t i = 0;
+  for (; i + W <= K; i += W, x += M * W) {
+    Vec word[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+      word[c] = load(words + c * K + i);
+      if (i % LINE == 0) __builtin_prefetch(words + c * K + i + SCORES_AHEAD, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      Vec one = load(x + m * W);
+#if defined(__x86_64__)
+      asm("" : "+v"(one));  // or it is read again for each of the words
+#endif
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) sum[c][m] += one * word[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < C; c++) {
+    float whole[W];
+    store(whole, sums<W / 2, PANEL>(sum[c]));
+    for (int m = 0; m < M; m++) {
+      float score = whole[m * (W / PANEL)];
+      for (int64_t k = i; k < K; k++) score += rows[m].x[k] * words[c * K + k];
+      rows[m].y[v + c] = score;
+    }
+  }
+}
+
+template <int M>
+void scores_of(const float* x, const Row* rows, const float* words, int64_t K, int64_t v,
+               int64_t end) {
+  constexpr int C = std::min(8, (REGISTERS - 1) / (M + 1));  // sums, words, and a part of a row
+  for (; v + C <= end; v += C) scores_of<M, C>(x, rows, words, K, v);
+  for (; v < end; v++) scores_of<M, 1>(x, rows, words, K, v);
+}
+
+// x [M, K], words [V, K] -> x W^T [M, V]. Words are read as they lie, and a score is a sum over
+// lanes first: laid out in tiles they would be a second head in memory, or be laid out every time.
 ffi::Error Scores(ffi::ThreadPool pool, Floats x, Floats words, ffi::Result<Floats> y) {
   if (!floats(x, 2) || !floats(words, 2) || !floats(*y, 2)) return wrong("Scores takes float32");
   int64_t M = x.dimensions()[0], K = x.dimensions()[1], V = words.dimensions()[0];
   if (words.dimensions()[1] != K || y->dimensions()[0] != M || y->dimensions()[1] != V || K < 1)
     return wrong("Scores: shapes do not match");
   const float* ws = words.typed_data<float>();
+  struct Panel {
+    int64_t first, rows;
+  };
   std::vector<Row> rows;
   for (int64_t m = 0; m < M; m++)
     rows.push_back({x.typed_data<float>() + m * K, y->typed_data<float>() + m * V});
-  constexpr int64_t RUN = 8;  // tiles of one part, so that the next one can be prefetched
-  int64_t count = (V + NR - 1) / NR;
-  in_parallel(pool, (count + RUN - 1) / RUN, [=, &rows](int64_t part) {
-    std::vector<float> tile(KC * NR);
-    for (int64_t t = part * RUN; t < std::min(count, (part + 1) * RUN); t++)
-      columns_of(rows, V, t, [&](const std::vector<Row>& these, int64_t column) {
-        for (int64_t k = 0; k < K; k += KC) {
-          int64_t width = std::min(KC, K - k);
-          transpose(ws + t * NR * K + k, K, std::min(NR, V - t * NR), width, tile.data());
-          products(these, k, width, tile.data(), column);
-        }
-      });
+  std::vector<Panel> panels;  // of like size
+  for (int64_t first = 0, left = (M + PANEL - 1) / PANEL; left > 0; left--) {
+    panels.push_back({first, (M - first + left - 1) / left});
+    first += panels.back().rows;
+  }
+  struct alignas(W * sizeof(float)) Part {
+    float x[W];
+  };
+  const int64_t whole = K / W;
+  std::vector<Part> ordered(M * whole);
+  for (const Panel& panel : panels)
+    for (int64_t i = 0; i < whole; i++)
+      for (int64_t m = 0; m < panel.rows; m++)
+        std::memcpy(&ordered[panel.first * whole + i * panel.rows + m],
+                    rows[panel.first + m].x + i * W, sizeof(Part));
+  // Words of one part stay in L2 for all panels.
+  const int64_t run = std::max<int64_t>(REGISTERS, SCORES_AT_ONCE / K);
+  in_parallel(pool, (V + run - 1) / run, [=, &rows, &panels, &ordered](int64_t part) {
+    int64_t v = part * run, end = std::min(V, v + run);
+    for (const Panel& panel : panels) {
+      const float* from = reinterpret_cast<const float*>(ordered.data() + panel.first * whole);
+      const Row* these = rows.data() + panel.first;
+      switch (panel.rows) {
+        case 1: scores_of<1>(from, these, ws, K, v, end); break;
+        case 2: scores_of<2>(from, these, ws, K, v, end); break;
+        case 3: scores_of<3>(from, these, ws, K, v, end); break;
+        case 4: scores_of<4>(from, these, ws, K, v, end); break;
+#if defined(__AVX512F__)
+        case 5: scores_of<5>(from, these, ws, K, v, end); break;
+        case 6: scores_of<6>(from, these, ws, K, v, end); break;
+        case 7: scores_of<7>(from, these, ws, K, v, end); break;
+        case 8: scores_of<8>(from, these, ws, K, v, end); break;
+#endif
+      }
+    }
   });
   return ffi::Error::Success();
 }

@@ -8,8 +8,9 @@
 //     kernel [K, N]   ->   tiles [ceil(N / NR), K, NR]        NR columns lie side by side, and a
 //                                                             tile is read from front to back
 //
-// A number of a product is a sum over k in rising order, whatever the rows, the tile and the threads are: a
-// row has the same result alone and in a batch, bit by bit.
+// A number of a product is a sum over k in rising order, and a score, whose words are read as they lie,
+// a sum over lanes of every W-th k and then over the lanes, whatever the rows, the tile and the threads
+// are: a row has the same result alone and in a batch, bit by bit.
 
 #include <algorithm>
 #include <atomic>

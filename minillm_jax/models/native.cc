@@ -8,9 +8,9 @@
 //     kernel [K, N]   ->   tiles [ceil(N / NR), K, NR]        NR columns lie side by side, and a
 //                                                             tile is read from front to back
 //
-// A number of a product is a sum over k in rising order, and a score, whose words are read as they lie,
-// a sum over lanes of every W-th k and then over the lanes, whatever the rows, the tile and the threads
-// are: a row has the same result alone and in a batch, bit by bit.
+// A number of a product is a sum over k in rising order; a score, whose words are read as they lie, is a
+// sum in every lane of each W-th k, then over the lanes, then over what is left of k. So it is whatever
+// the rows, the tile and the threads are: a row has the same result alone and in a batch, bit by bit.
 
 #include <algorithm>
 #include <atomic>
@@ -329,7 +329,7 @@ ffi::Error Scores(ffi::ThreadPool pool, Floats x, Floats words, ffi::Result<Floa
       for (int64_t m = 0; m < panel.rows; m++)
         std::memcpy(&ordered[panel.first * whole + i * panel.rows + m],
                     rows[panel.first + m].x + i * W, sizeof(Part));
-  // Words of one part stay in L2 for all panels.
+  // Few enough words to stay in L2 for all panels, where they are not too wide.
   const int64_t run = std::max<int64_t>(REGISTERS, SCORES_AT_ONCE / K);
   in_parallel(pool, (V + run - 1) / run, [=, &rows, &panels, &ordered](int64_t part) {
     int64_t v = part * run, end = std::min(V, v + run);

@@ -201,7 +201,7 @@ def _label_log_probs(top, states, tokens, length, vocab) -> jax.Array:
         # The last slice is moved back to fit; what overlaps is computed twice, to the same value.
         at = jnp.minimum(start, slots - stride)
         some = jax.lax.dynamic_slice_in_dim(states, at, stride, 1)
-        # As [B stride, E], which a CPU multiplies faster.
+        # As [B stride, E], which a CPU multiplies faster where rows are few.
         scores = logits(top, some.reshape(-1, some.shape[-1]))[:, :vocab]
         scores = scores.reshape(rows, stride, vocab)
         ids = jax.lax.dynamic_slice_in_dim(tokens, at, stride, 1)

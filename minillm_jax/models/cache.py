@@ -107,6 +107,7 @@ def extend(
     cache: Cache,
     *,
     advance: jax.Array | int | None = None,
+    first: bool = False,
     most: int | None = None,
     stacked: Params | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -117,20 +118,22 @@ def extend(
     caller that pads a chunk passes the slots it means, and False in `mask` for the rest, which the
     next chunk overwrites. `index + C` must not exceed the slots: the write would be shifted.
 
-    Two options are for the first chunk of a cache alone. `most` is that of `hidden_states`: what
-    follows depends on more than the tokens of its own chunk. With `stacked`, the layers as they
-    were before `unstack`, these are scanned: a program of one layer is compiled sooner than one of
-    all, and a chunk that is read once can spare the copies.
+    The `first` chunk finds the cache empty, and attends to nothing but itself. Two options are for
+    it alone. `most` is that of `hidden_states`: what follows depends on more than the tokens of its
+    own chunk. With `stacked`, the layers as they were before `unstack`, these are scanned: a
+    program of one layer is compiled sooner than one of all, and a chunk that is read once can spare
+    the copies.
     """
     chunk = tokens.shape[1]
     valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.index))
     positions = jnp.maximum(cache.length[:, None] + jnp.cumsum(mask, 1, dtype=jnp.int32) - 1, 0)
-    slot = jnp.arange(valid.shape[1])[None, None, :]
-    query = (cache.index + jnp.arange(chunk))[None, :, None]
-    seen = valid[:, None, :] & (slot <= query) & mask[:, :, None]
+    before, keys = (0, mask) if first else (cache.index, valid)
+    slot = jnp.arange(keys.shape[1])[None, None, :]
+    query = (before + jnp.arange(chunk))[None, :, None]
+    seen = keys[:, None, :] & (slot <= query) & mask[:, :, None]
     distance = None
     if config.windows is not None:
-        distance = positions[:, :, None] - positions_of(valid)[:, None, :]
+        distance = positions[:, :, None] - positions_of(keys)[:, None, :]
 
     outer = Decoder(config)
     with jax.named_scope("embed"):
@@ -181,10 +184,13 @@ def _scanned(config, stacked, x, angles, sight, cache):
 
     def body(x: Any, layer: Any) -> Any:
         weights, window = layer
-        empty = Slots(jnp.zeros_like(cache.keys[0]), jnp.zeros_like(cache.values[0]), cache.index)
+        keys, values = (
+            jnp.zeros_like(part[0][:, :, :chunk]) for part in (cache.keys, cache.values)
+        )
+        empty = Slots(keys, values, 0)
         out: Any = block.apply({"params": weights}, x, angles, sight, window, empty)
         x, slots = out
-        return x, (slots.keys[:, :, :chunk], slots.values[:, :, :chunk])
+        return x, (slots.keys, slots.values)
 
     x, (keys, values) = jax.lax.scan(body, x, (stacked, window_sizes(config)))
     written = [

@@ -40,7 +40,7 @@ class Slots:
 
     keys: jax.Array  # [B, K, S, h]
     values: jax.Array  # [B, K, S, h]
-    index: jax.Array  # int32 scalar
+    index: jax.Array | int  # int32 scalar
 
     def write(self, k: jax.Array, v: jax.Array) -> "Slots":
         """Return the slots with `k` and `v` [B, K, C, h] at `index`, in place inside a loop."""
@@ -146,9 +146,11 @@ class Attention(nn.Module):
             q = q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
             k, v = (y.transpose(0, 2, 1, 3) for y in (k, v))
             if slots is not None:
-                slots = slots.write(k, v)
-                k, v = slots.keys.astype(q.dtype), slots.values.astype(q.dtype)
-                y = attend(q, k, v, mask, scale, filled=slots.index + mask.shape[1])
+                slots, filled = slots.write(k, v), None
+                if mask.shape[2] > mask.shape[1]:  # not the first chunk, which sees itself alone
+                    k, v = slots.keys.astype(q.dtype), slots.values.astype(q.dtype)
+                    filled = slots.index + mask.shape[1]
+                y = attend(q, k, v, mask, scale, filled=filled)
             else:
                 drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
                 y = attend(q, k, v, mask, scale, drop)

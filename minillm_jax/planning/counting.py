@@ -235,6 +235,9 @@ class Counter:
         """Bytes of an instruction outside fusions."""
         if i.op == "copy-start":  # its type is (to, from, context)
             return float(sum(shape.bytes for shape in i.shapes[:2] if not shape.fast))
+        if i.op == "slice-start":  # ((from), to, context): of `from` it reads as much as `to` has
+            given, part = i.shapes[:2]
+            return float(part.bytes * ((not given.fast) + (not part.fast)))
         if i.op in ("dynamic-slice", "slice", "gather"):
             return 2.0 * i.bytes
         if i.op in ("dynamic-update-slice", "scatter"):

@@ -122,7 +122,7 @@ def begin(
     limits = jnp.full((rows,), slots, jnp.int32) if limits is None else limits
     cache = init_cache(config, rows, width + slots, kind)
     read = {"most": most, "stacked": stacked, "dtype": kind}
-    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, **read)
+    hidden, cache = extend(config, weights, prompt, prompt_mask, cache, first=True, **read)
     # Left padding is given ids of its own, so that it never completes an n-gram.
     history = jnp.where(prompt_mask, prompt, -1 - jnp.arange(width)[None])
     writing = Writing(

@@ -100,7 +100,7 @@ def collect(
     p_cache = init_cache(teacher, rows, width + slots + chunk, teacher_dtype)
     with jax.named_scope("prefill"):
         q_read, p_read = (
-            {"most": most, "stacked": None if most is None else one["layers"]}
+            {"first": True, "most": most, "stacked": None if most is None else one["layers"]}
             for one in (params, teacher_params)
         )
         hidden, q_cache = read_q(prompt, prompt_mask, q_cache, **q_read)

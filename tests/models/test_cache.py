@@ -37,10 +37,10 @@ def case(name, path="native"):
     with traced():
         layers = jax.jit(lambda: unstack(config, params, "float32"))()
 
-    @jax.jit
-    def step(tokens, mask, cache, advance):
+    @functools.partial(jax.jit, static_argnames="first")
+    def step(tokens, mask, cache, advance, first=False):
         with traced():
-            return extend(config, layers, tokens, mask, cache, advance=advance)
+            return extend(config, layers, tokens, mask, cache, advance=advance, first=first)
 
     return config, tokens, full, step
 
@@ -50,19 +50,33 @@ def check(hidden, full):
     np.testing.assert_allclose(hidden[MASK], full[MASK], atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("path", ["native", "xla"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_chunks_and_single_steps_equal_the_full_forward(name, path):
+def test_chunks_and_single_steps_equal_the_full_forward(name, path, first):
     config, tokens, full, step = case(name, path)
     cache, states = init_cache(config, 4, 12), []
     for start, end in ((0, 4), (4, 8), (8, 9), (9, 10)):
         chunk = slice(start, end)
-        hidden, cache = step(tokens[:, chunk], MASK[:, chunk], cache, end - start)
+        told = first and not start
+        hidden, cache = step(tokens[:, chunk], MASK[:, chunk], cache, end - start, first=told)
         states.append(hidden)
     check(jnp.concatenate(states, 1), full)
     assert cache.index == 10
     np.testing.assert_array_equal(cache.length, MASK.sum(1))
     np.testing.assert_array_equal(cache.valid, jnp.pad(MASK, ((0, 0), (0, 2))))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neo"])
+def test_a_first_chunk_reads_nothing_of_the_cache(name):
+    config, tokens, full, step = case(name)
+    cache = init_cache(config, 4, 12)
+    cache = dataclasses.replace(cache, keys=tuple(x + jnp.nan for x in cache.keys))
+    hidden, after = step(tokens, MASK, cache, 10, first=True)
+    check(hidden, full)
+    assert (
+        jnp.isfinite(after.keys[0][:, :, :10]).all() and jnp.isnan(after.keys[0][:, :, 10:]).all()
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -72,7 +86,7 @@ def test_a_first_chunk_without_padding_is_the_same_scanned_or_not(name):
     for stacked in (None, params["layers"]):
         first, cache = extend(
             config, unstack(config, params), tokens[:, :6], MASK[:, :6],
-            init_cache(config, 4, 12), most=most, stacked=stacked,
+            init_cache(config, 4, 12), first=True, most=most, stacked=stacked,
         )  # fmt: skip
         rest, _ = step(tokens[:, 6:], MASK[:, 6:], cache, 4)
         check(jnp.concatenate([first, rest], 1), full)
@@ -83,7 +97,8 @@ def test_scanned_layers_are_those_of_a_lower_precision():
     params, both = params_of(config), []
     layers, cache = unstack(config, params, jnp.bfloat16), init_cache(config, 4, 12, jnp.bfloat16)
     for stacked in (None, params["layers"]):
-        found = extend(config, layers, tokens, MASK, cache, stacked=stacked, dtype=jnp.bfloat16)
+        how = {"first": True, "stacked": stacked, "dtype": jnp.bfloat16}
+        found = extend(config, layers, tokens, MASK, cache, **how)
         assert {x.dtype for x in (found[0], *found[1].keys)} == {jnp.dtype(jnp.bfloat16)}
         both.append(np.asarray(found[0], np.float32)[MASK])
     np.testing.assert_allclose(*both, atol=0.05)

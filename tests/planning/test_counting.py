@@ -190,6 +190,20 @@ def test_what_lies_in_the_memory_of_the_core_is_not_read_from_that_of_the_chip()
     assert far.bytes == near.bytes + 64 * 512 * 128 * 2
 
 
+@pytest.mark.parametrize("to, read", [("S(1)", 1), ("", 2)])
+def test_a_slice_that_is_fetched_ahead_is_read_alone(to, read):
+    """As the TPU compiler fetches a quarter of a cache: into the memory of the core, or not."""
+    text = """
+ENTRY %main (k: bf16[32,2,512,128]) -> bf16[8,2,512,128] {
+  %k = bf16[32,2,512,128]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %start = ((bf16[32,2,512,128]{3,2,1,0:T(8,128)(2,1)}), bf16[8,2,512,128]{3,2,1,0:T(8,128)(2,1)TO}, s32[]{:S(2)}) slice-start(%k), slice={[0:8], [0:2], [0:512], [0:128]}
+  ROOT %done = bf16[8,2,512,128]{3,2,1,0:T(8,128)(2,1)TO} slice-done(%start)
+}
+"""  # noqa: E501
+    (one,) = counter(text.replace("TO", to)).work()
+    assert one.bytes == read * 8 * 2 * 512 * 128 * 2
+
+
 def test_a_weight_is_read_through_a_change_of_shape_and_of_a_stack_a_slice_alone():
     """As the TPU compiler nests them: the product's operands are fusions of their own."""
     text = """

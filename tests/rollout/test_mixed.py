@@ -9,6 +9,7 @@ import pytest
 from minillm_jax.models import head, hidden_states, logits, native
 from minillm_jax.models.ragged import room
 from minillm_jax.rollout import Mixing, collect, response_states
+from tests.methods.array_sizes import shapes
 from tests.toy_models import prompts, toy
 
 VOCAB, EOS = 7, 0
@@ -143,3 +144,16 @@ def test_rows_that_fill_the_batch_stay_empty_and_change_no_other():
     assert (found.log_q[2] == 0).all() and (found.teacher_hidden[2] == 0).all()
     alone = collect(STUDENT, TEACHER, Q, P, prompt[:2], mask[:2], jax.random.key(0), mixing())
     np.testing.assert_array_equal(found.response[:2], alone.response)
+
+
+def test_a_prompt_attends_to_itself_and_not_to_the_slots_of_its_response():
+    prompt, mask = prompts(3, 5, VOCAB)
+
+    def collection(key):
+        with native.without():
+            return collect.__wrapped__(STUDENT, TEACHER, Q, P, prompt, mask, key, mixing())
+
+    found = set(shapes(jax.make_jaxpr(collection)(jax.random.key(0)).jaxpr))
+    chunk, slots = 3, 5 + 12 + 3
+    assert (3, 5, 5) in found and (3, chunk, slots) in found  # masks: of the prompt, of a chunk
+    assert not any(shape[-2:] in ((5, slots), (5, 5 + 12)) for shape in found)

@@ -1,6 +1,13 @@
 """The decoder of every supported family, its key-value cache and its weights."""
 
-from minillm_jax.models.cache import Cache, DecodeParams, extend, init_cache, unstack
+from minillm_jax.models.cache import (
+    Cache,
+    DecodeParams,
+    extend,
+    heads_together,
+    init_cache,
+    unstack,
+)
 from minillm_jax.models.config import DecoderConfig, RopeScaling
 from minillm_jax.models.decoder import (
     Head,
@@ -22,6 +29,7 @@ __all__ = [
     "abstract_params",
     "extend",
     "head",
+    "heads_together",
     "hidden_states",
     "init_cache",
     "init_params",

@@ -30,7 +30,7 @@ def attend(
     mask: jax.Array,  # [B, T, S] bool, True where the query may see the key
     scale: float,
     drop: Callable[[jax.Array], jax.Array] | None = None,
-    filled: jax.Array | None = None,
+    filled: jax.Array | int | None = None,
 ) -> jax.Array:
     """Return softmax(scale q k^T) v over the keys that `mask` allows, [B, K, G, T, h] like `q`.
 
@@ -57,6 +57,41 @@ def attend(
     weights = weights if drop is None else drop(weights)
     weights = weights.reshape(scores.shape[0], scores.shape[1], groups * steps, -1)
     return jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v).reshape(q.shape)
+
+
+def side_by_side(k: jax.Array, together: int) -> jax.Array:
+    """Return keys or values [B, K, C, h] with the numbers of `together` heads g in one: [B, K / g,
+    C, g h]."""
+    batch, heads, chunk, width = k.shape
+    apart = k.reshape(batch, heads // together, together, chunk, width)
+    return apart.swapaxes(2, 3).reshape(batch, heads // together, chunk, together * width)
+
+
+def attend_side_by_side(
+    q: jax.Array,  # [B, K, G, T, h]
+    k: jax.Array,  # [B, K / g, S, g h]
+    v: jax.Array,  # [B, K / g, S, g h]
+    mask: jax.Array,  # [B, T, S]
+    scale: float,
+    filled: jax.Array | int,
+) -> jax.Array:
+    """`attend` to heads that lie `side_by_side`, [B, K, G, T, h] like `q`.
+
+    A query is as wide as they are, with zeros where the other heads' numbers lie; of what it
+    gathers its own head's part is kept. Products are g times as many, and those of a g-th of the
+    number of heads.
+    """
+    together = q.shape[1] // k.shape[1]
+    if together == 1:
+        return attend(q, k, v, mask, scale, filled=filled)
+    batch, heads, groups, steps, width = q.shape
+    shape = batch, heads // together, together, groups, steps, together, width
+    own = jnp.eye(together, dtype=q.dtype)[None, None, :, None, None, :, None]
+    wide = (q.reshape(*shape[:5], 1, width) * own).reshape(
+        batch, heads // together, together * groups, steps, together * width
+    )
+    found = attend(wide, k, v, mask, scale, filled=filled).reshape(shape)
+    return jnp.sum(found * own, axis=-2).reshape(q.shape)
 
 
 def _attend_to(size, scale, q, k, v, mask) -> jax.Array:

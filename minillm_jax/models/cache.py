@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from minillm_jax.axes import constrain
+from minillm_jax.axes import constrain, parts, platform
 from minillm_jax.models import native
 from minillm_jax.models.attention import positions_of
 from minillm_jax.models.config import DecoderConfig
@@ -27,6 +27,9 @@ from minillm_jax.types import Params
 # What is cast to the dtype of the arithmetic wherever it is used; norms and biases are not.
 _CAST = ("kernel", "tokens", "positions", "weight")
 
+_ROW = 128  # numbers in a row of a TPU's memory
+_MOST = 8  # heads side by side, as many times more operations: still none that a step waits for
+
 
 @flax.struct.dataclass
 class Cache:
@@ -36,8 +39,8 @@ class Cache:
     slice of a stacked array is copied at every token.
     """
 
-    keys: tuple[jax.Array, ...]  # L of [B, K, S, h]
-    values: tuple[jax.Array, ...]  # L of [B, K, S, h]
+    keys: tuple[jax.Array, ...]  # L of [B, K / g, S, g h], g `heads_together`
+    values: tuple[jax.Array, ...]  # L of [B, K / g, S, g h]
     valid: jax.Array  # [B, S] bool
     length: jax.Array  # [B] int32, valid slots, hence the position of the next token
     index: jax.Array  # int32 scalar, next slot
@@ -51,11 +54,34 @@ class DecodeParams:
     layers: tuple[Params, ...]  # L
 
 
+def heads_together(config: DecoderConfig) -> int:
+    """Return how many key-value heads g lie side by side in the cache: 1 but on a TPU.
+
+    A TPU's memory has rows of 128 numbers: a head of 64 leaves half of each empty, and takes twice
+    its bytes. And where a head has a single query, its compiler makes of the products sums across a
+    row, which its units are slow at; heads that lie side by side have several queries
+    (benchmarks/README.md, "Decoding on a TPU").
+    """
+    if platform() != "tpu":
+        return 1
+    width, queries = config.head_dim, config.heads // config.kv_heads
+    here = config.kv_heads // parts("kv_heads", config.kv_heads)  # on each device
+
+    def filled(heads: int) -> float:
+        numbers = heads * width
+        return numbers / (-(-numbers // _ROW) * _ROW)
+
+    ways = [heads for heads in range(1, _MOST + 1) if here % heads == 0]
+    several = [heads for heads in ways if heads * queries > 1]
+    return max(several or ways, key=filled)  # the first of those that waste least
+
+
 def init_cache(
     config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
     """Return an empty cache of `slots` slots for `batch` rows."""
-    shape = (batch, config.kv_heads, slots, config.head_dim)
+    heads = heads_together(config)
+    shape = (batch, config.kv_heads // heads, slots, heads * config.head_dim)
     axes = ("batch", "kv_heads", None, None)
     keys, values = (
         tuple(constrain(jnp.zeros(shape, dtype), *axes) for _ in range(config.layers))

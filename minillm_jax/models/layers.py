@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from minillm_jax.axes import constrain
 from minillm_jax.models import native
-from minillm_jax.models.attention import attend, rotate
+from minillm_jax.models.attention import attend, attend_side_by_side, rotate, side_by_side
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.models.kernels import attend_packed, window_of
 from minillm_jax.models.ragged import Real, gather, spread
@@ -36,18 +36,22 @@ STATES = ("batch", "length", None)
 
 @flax.struct.dataclass
 class Slots:
-    """The cached keys and values of one layer, and the slot where the next token goes."""
+    """The cached keys and values of one layer, and the slot where the next token goes.
 
-    keys: jax.Array  # [B, K, S, h]
-    values: jax.Array  # [B, K, S, h]
+    g heads may lie side by side (`cache.heads_together`); it is 1 but on a TPU.
+    """
+
+    keys: jax.Array  # [B, K / g, S, g h]
+    values: jax.Array  # [B, K / g, S, g h]
     index: jax.Array | int  # int32 scalar
 
     def write(self, k: jax.Array, v: jax.Array) -> "Slots":
         """Return the slots with `k` and `v` [B, K, C, h] at `index`, in place inside a loop."""
-        start = (0, 0, self.index, 0)
+        together, start = k.shape[1] // self.keys.shape[1], (0, 0, self.index, 0)
+        k, v = (side_by_side(new.astype(self.keys.dtype), together) for new in (k, v))
         return Slots(
-            jax.lax.dynamic_update_slice(self.keys, k.astype(self.keys.dtype), start),
-            jax.lax.dynamic_update_slice(self.values, v.astype(self.values.dtype), start),
+            jax.lax.dynamic_update_slice(self.keys, k, start),
+            jax.lax.dynamic_update_slice(self.values, v, start),
             self.index,
         )
 
@@ -146,11 +150,13 @@ class Attention(nn.Module):
             q = q.reshape(*q.shape[:2], c.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
             k, v = (y.transpose(0, 2, 1, 3) for y in (k, v))
             if slots is not None:
-                slots, filled = slots.write(k, v), None
-                if mask.shape[2] > mask.shape[1]:  # not the first chunk, which sees itself alone
+                slots = slots.write(k, v)
+                if mask.shape[2] == mask.shape[1]:  # the first chunk, which sees itself alone
+                    y = attend(q, k, v, mask, scale)
+                else:
                     k, v = slots.keys.astype(q.dtype), slots.values.astype(q.dtype)
                     filled = slots.index + mask.shape[1]
-                y = attend(q, k, v, mask, scale, filled=filled)
+                    y = attend_side_by_side(q, k, v, mask, scale, filled)
             else:
                 drop = nn.Dropout(c.attention_dropout, deterministic=not self.train)
                 y = attend(q, k, v, mask, scale, drop)

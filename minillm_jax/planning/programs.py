@@ -16,7 +16,7 @@ import numpy as np
 
 from minillm_jax import assemble
 from minillm_jax.build import SECTIONS
-from minillm_jax.models import DecoderConfig, abstract_params, native
+from minillm_jax.models import DecoderConfig, abstract_params, heads_together, native
 from minillm_jax.planning.shapes import Shapes
 from minillm_jax.rollout.mixed import Mixing, Rollout, collect
 from minillm_jax.sharding import batch_sharding, replicated
@@ -36,7 +36,7 @@ class Program:
     needed: float  # operations of the method's own products, nothing computed twice
     times: int = 1  # runs per rollout or per update
     layers: Layers | None = None  # where it unrolls them
-    slots: frozenset[tuple[int, int]] = frozenset()  # (slots, head) of the two caches
+    slots: frozenset[tuple[int, int]] = frozenset()  # (slots, width) of the two caches
     trips: Callable[[str, int], float] | None = field(default=None, compare=False)
 
 
@@ -245,6 +245,8 @@ def _collect(build: Shapes) -> Program:
     optimizer = parts.pop("optimizer")
     written, slots = bytes_of(_rollout(build, c.rollouts)), data.max_prompt + mixing.slots
     done = written * (1 - rows / c.rollouts)
+    with jax.set_mesh(build.mesh):
+        cached = [heads_together(model) * model.head_dim for model in (student, teacher)]
     needed = sum(
         _forward(model, rows, slots) + _head(model, rows * mixing.slots)
         for model in (student, teacher)
@@ -257,9 +259,7 @@ def _collect(build: Shapes) -> Program:
         needed=needed,
         times=c.rollouts // rows,
         layers=(student.layers, teacher.layers),
-        slots=frozenset(
-            {(slots, student.head_dim), (slots + mixing.chunk, teacher.head_dim)},
-        ),
+        slots=frozenset({(slots, cached[0]), (slots + mixing.chunk, cached[1])}),
         trips=_trips(mixing),
     )
 

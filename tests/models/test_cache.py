@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,17 @@ import numpy as np
 import pytest
 from tiny_decoders import CONFIGS, LLAMA, params_of, tokens_of
 
-from minillm_jax.models import attention, extend, hidden_states, init_cache, native, unstack
+from minillm_jax.models import (
+    attention,
+    extend,
+    heads_together,
+    hidden_states,
+    hub,
+    init_cache,
+    native,
+    unstack,
+)
+from minillm_jax.models.weights import read_config
 
 ATOL = 3e-6  # float32, three layers of width 16
 MASK = jnp.array(  # left padding, then none, then a row that ends early, then no token at all
@@ -50,8 +61,22 @@ def check(hidden, full):
     np.testing.assert_allclose(hidden[MASK], full[MASK], atol=ATOL, rtol=0)
 
 
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    """Lay caches out as a TPU has them."""
+    monkeypatch.setattr("minillm_jax.models.cache.platform", lambda: "tpu")
+
+
+@pytest.fixture(params=["native", "xla", "side by side"])
+def path(request):
+    """By which products a cache is read, and how it lies."""
+    if request.param == "side by side":
+        request.getfixturevalue("as_on_a_tpu")
+        return "xla"
+    return request.param
+
+
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("path", ["native", "xla"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chunks_and_single_steps_equal_the_full_forward(name, path, first):
     config, tokens, full, step = case(name, path)
@@ -127,8 +152,8 @@ def test_a_long_cache_is_read_as_far_as_it_is_filled(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neo", "opt_350m"])
-def test_a_padded_chunk_is_overwritten_by_the_next(name):
-    config, tokens, full, step = case(name)
+def test_a_padded_chunk_is_overwritten_by_the_next(name, path):
+    config, tokens, full, step = case(name, path)
     cache, states = init_cache(config, 4, 12), []
     for start, end in ((0, 3), (3, 4), (4, 8), (8, 10)):
         pad = ((0, 0), (0, 4 - (end - start)))
@@ -173,3 +198,31 @@ def test_the_cache_keeps_its_dtype():
     hidden, cache = jax.jit(lambda cache: extend(config, layers, tokens, MASK, cache))(cache)
     assert hidden.dtype == jnp.float32 and cache.keys[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(hidden[MASK], case("llama")[2][MASK], atol=0.1)
+
+
+def published(name):
+    return read_config(hub.config(name), Path(name))[1]
+
+
+@pytest.mark.parametrize(
+    "name, heads, on_four",
+    [
+        ("openai-community/gpt2", 2, 3),  # 12 heads of 64, where a row of memory has 128
+        ("openai-community/gpt2-xl", 5, 5),  # 25 heads, which four devices have all of
+        ("facebook/opt-1.3b", 2, 2),  # 32 heads of 64
+        ("facebook/opt-2.7b", 8, 8),  # 32 heads of 80
+        ("EleutherAI/gpt-j-6b", 2, 2),  # 16 heads of 256, each with a query of its own
+        ("Qwen/Qwen2.5-1.5B", 1, 1),  # 2 heads of 128, each with six queries
+    ],
+)
+def test_heads_lie_side_by_side_on_a_tpu_where_rows_of_memory_would_be_empty(
+    name, heads, on_four, as_on_a_tpu, monkeypatch
+):
+    config = published(name)
+    assert heads_together(config) == heads
+    keys = jax.eval_shape(lambda: init_cache(config, 4, 12)).keys[0]
+    assert keys.shape == (4, config.kv_heads // heads, 12, heads * config.head_dim)
+    with jax.set_mesh(jax.make_mesh((1, 1, 4), ("data", "fsdp", "tensor"))):
+        assert heads_together(config) == on_four
+    monkeypatch.undo()
+    assert heads_together(config) == 1

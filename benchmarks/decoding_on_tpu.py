@@ -50,9 +50,10 @@ def main() -> None:
     config = read_config(hub.config(asked.model), Path(asked.model))[1]
     cases = []
     print(
-        "| chip | rows | compilation s | temporary MB, of it cache | MB a step | must | of that |"
+        "| chip | rows | compilation s | temporary MB, of it cache | MB a step | must | of that"
+        " | thousand cycles |\n|---|---|---|---|---|---|---|---|",
+        flush=True,
     )
-    print("|---|---|---|---|---|---|---|")
     for topology in asked.topologies.split(","):
         chip = target(topology)
         for rows in map(int, asked.rows.split(",")):
@@ -72,7 +73,7 @@ def main() -> None:
 def measured(
     config: DecoderConfig, chip: Target, rows: int, prompt: int, slots: int
 ) -> dict[str, Any]:
-    """Bytes of a step as it is compiled, those that it must move, and what compiling took."""
+    """Bytes and cycles of a step as it is compiled, bytes that it must move, and what else."""
     program, seconds, weights = compiled(config, chip, rows, prompt, slots)
     counts = counter(program.as_text() or "")
     # The one loop whose trips are not known is that of the tokens.

@@ -47,7 +47,7 @@ LLAMA = DecoderConfig(
 MULTI_QUERY = dataclasses.replace(LLAMA, kv_heads=1)
 FAMILIES = {"gpt2": GPT2, "gptj": GPTJ, "llama": LLAMA, "multi-query": MULTI_QUERY}
 # Of its own, for a program that is traced once is kept.
-TRACED_AS_ON_A_TPU = dataclasses.replace(GPT2, max_positions=21)
+MODELS = FAMILIES | {"as on a TPU": dataclasses.replace(GPT2, max_positions=21)}
 MESHES = ((8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8))
 
 
@@ -80,7 +80,7 @@ def _shardings(config, mesh, rules=AXIS_RULES):
 
 def _methods(family, mesh, windows=()):
     """SFT, MiniLLM, the state of the student without its arrays, and the teacher's config."""
-    student = FAMILIES.get(family, TRACED_AS_ON_A_TPU)
+    student = MODELS[family]
     teacher = FAMILIES["gpt2"] if family == "gptj" else student
     # Rounding noise of a gradient that is 0 must not become a step.
     optimizer = optax.adam(1e-3, eps=1e-3)
@@ -104,7 +104,7 @@ def _run(family, *sizes, windows=(), rules=AXIS_RULES):
     """Two updates of SFT, a collection, two of MiniLLM: metrics, rollout and state."""
     mesh = make_mesh(*sizes) if sizes else make_mesh(devices=jax.devices()[:1])
     supervised, distilled, abstract, optimizer, teacher = _methods(family, mesh, windows)
-    student, found = FAMILIES.get(family, TRACED_AS_ON_A_TPU), {}
+    student, found = MODELS[family], {}
     with jax.set_mesh(mesh):
         batch = place(_batch(), batch_sharding(mesh))
         frozen = place(_params(teacher, 1), _shardings(teacher, mesh, rules))
@@ -140,7 +140,7 @@ def test_heads_that_lie_side_by_side_change_neither(mesh, monkeypatch, capfd):
     expected = _run("as on a TPU")
     monkeypatch.setattr("minillm_jax.models.cache.platform", lambda: "tpu")
     with jax.set_mesh(make_mesh(*mesh)):
-        assert heads_together(TRACED_AS_ON_A_TPU) == 4  # of the four on each device
+        assert heads_together(MODELS["as on a TPU"]) == 4  # of the four on each device
     _same(_run("as on a TPU", *mesh), expected)
     assert_no_resharding(capfd.readouterr().err)
 

@@ -1,6 +1,7 @@
 """Attention in plain array operations: rotary angles, who sees whom, and the softmax.
 
-No parameters are here, and no cache: `decoder.py` projects, `cache.py` stores.
+No parameters are here, and no cache: `decoder.py` projects, `cache.py` stores, and says which heads
+lie side by side.
 """
 
 import functools
@@ -30,7 +31,7 @@ def attend(
     mask: jax.Array,  # [B, T, S] bool, True where the query may see the key
     scale: float,
     drop: Callable[[jax.Array], jax.Array] | None = None,
-    filled: jax.Array | int | None = None,
+    filled: jax.Array | None = None,
 ) -> jax.Array:
     """Return softmax(scale q k^T) v over the keys that `mask` allows, [B, K, G, T, h] like `q`.
 
@@ -73,7 +74,7 @@ def attend_side_by_side(
     v: jax.Array,  # [B, K / g, S, g h]
     mask: jax.Array,  # [B, T, S]
     scale: float,
-    filled: jax.Array | int,
+    filled: jax.Array,
 ) -> jax.Array:
     """`attend` to heads that lie `side_by_side`, [B, K, G, T, h] like `q`.
 

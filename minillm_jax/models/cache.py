@@ -57,23 +57,21 @@ class DecodeParams:
 def heads_together(config: DecoderConfig) -> int:
     """Return how many key-value heads g lie side by side in the cache: 1 but on a TPU.
 
-    A TPU's memory has rows of 128 numbers: a head of 64 leaves half of each empty, and takes twice
-    its bytes. And where a head has a single query, its compiler makes of the products sums across a
-    row, which its units are slow at; heads that lie side by side have several queries
-    (benchmarks/README.md, "Decoding on a TPU").
+    Where each head has a query of its own, the TPU's compiler makes of the products with it sums
+    across a row of memory, which the units are slow at; heads that lie side by side have several
+    queries. And such a row is 128 numbers, of which a head of 64 may leave half empty
+    (benchmarks/README.md, "Decoding on a TPU"). Grouped heads gain nothing.
     """
-    if platform() != "tpu":
+    if platform() != "tpu" or config.heads > config.kv_heads:
         return 1
-    width, queries = config.head_dim, config.heads // config.kv_heads
     here = config.kv_heads // parts("kv_heads", config.kv_heads)  # on each device
 
     def filled(heads: int) -> float:
-        numbers = heads * width
+        numbers = heads * config.head_dim
         return numbers / (-(-numbers // _ROW) * _ROW)
 
-    ways = [heads for heads in range(1, _MOST + 1) if here % heads == 0]
-    several = [heads for heads in ways if heads * queries > 1]
-    return max(several or ways, key=filled)  # the first of those that waste least
+    ways = [heads for heads in range(2, _MOST + 1) if here % heads == 0]
+    return max(ways, key=filled, default=1)  # the first of those that waste least
 
 
 def init_cache(
@@ -150,6 +148,8 @@ def extend(
     program of one layer is compiled sooner than one of all, and a chunk that is read once can spare
     the copies.
     """
+    if stacked is not None and not first:
+        raise ValueError("only the first chunk of a cache is scanned")
     chunk = tokens.shape[1]
     valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, cache.index))
     positions = jnp.maximum(cache.length[:, None] + jnp.cumsum(mask, 1, dtype=jnp.int32) - 1, 0)
@@ -213,7 +213,7 @@ def _scanned(config, stacked, x, angles, sight, cache):
         keys, values = (
             jnp.zeros_like(part[0][:, :, :chunk]) for part in (cache.keys, cache.values)
         )
-        empty = Slots(keys, values, 0)
+        empty = Slots(keys, values, jnp.int32(0))
         out: Any = block.apply({"params": weights}, x, angles, sight, window, empty)
         x, slots = out
         return x, (slots.keys, slots.values)

@@ -43,15 +43,18 @@ class Slots:
 
     keys: jax.Array  # [B, K / g, S, g h]
     values: jax.Array  # [B, K / g, S, g h]
-    index: jax.Array | int  # int32 scalar
+    index: jax.Array  # int32 scalar
 
     def write(self, k: jax.Array, v: jax.Array) -> "Slots":
-        """Return the slots with `k` and `v` [B, K, C, h] at `index`, in place inside a loop."""
+        """Return the slots with `k` and `v` at `index`, in place inside a loop.
+
+        They are [B, K, C, h], or lie side by side already.
+        """
         together, start = k.shape[1] // self.keys.shape[1], (0, 0, self.index, 0)
-        k, v = (side_by_side(new.astype(self.keys.dtype), together) for new in (k, v))
+        k, v = (side_by_side(new, together) for new in (k, v))
         return Slots(
-            jax.lax.dynamic_update_slice(self.keys, k, start),
-            jax.lax.dynamic_update_slice(self.values, v, start),
+            jax.lax.dynamic_update_slice(self.keys, k.astype(self.keys.dtype), start),
+            jax.lax.dynamic_update_slice(self.values, v.astype(self.values.dtype), start),
             self.index,
         )
 
@@ -201,9 +204,10 @@ class Block(nn.Module):
     def __call__(self, x, angles, sight, window=None, slots: Slots | None = None):
         """Return the layer's output [B, T, D] and the updated slots.
 
-        `sight` is the mask [B, T, S]; where layers have windows, the distance [B, T, S] from each
-        key to the query, which `window` bounds here, None where the mask already does; and where
-        only the real slots are read, which these are: `x` is [1, R, D] then.
+        `sight` is the mask [B, T, S], [B, T, T] of a first chunk, which sees itself alone; where
+        layers have windows, the distance from each key to the query, of the same shape, which
+        `window` bounds here, None where the mask already does; and where only the real slots are
+        read, which these are: `x` is [1, R, D] then.
         """
         c = self.config
         norm = functools.partial(Norm, c.norm, c.norm_eps, self.param_dtype)

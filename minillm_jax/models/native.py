@@ -111,10 +111,9 @@ def attend(
     v: jax.Array,  # [B, K, S, h]
     mask: jax.Array,  # [B, T, S]
     scale: float,
-    filled: jax.Array | int,  # int32 scalar
+    filled: jax.Array,  # int32 scalar
 ) -> jax.Array:
     """`attention.attend` to the first `filled` slots; 0 where a query may see none of them."""
-    filled = jnp.asarray(filled, jnp.int32)
     return _call("attend", q.shape)(q, k, v, mask, filled, scale=np.float32(scale))
 
 

@@ -94,7 +94,7 @@ class Counter:
                 yield Work(i.where, times, operations(computation, i), self._moved(computation, i))
 
     def carried(self, kinds: Collection[tuple[int, int]]) -> int:
-        """Bytes of the arrays [B, K, S, h] with (S, h) in `kinds` that a loop takes round."""
+        """Bytes of the caches [B, K, S, h] with (S, h) in `kinds` that a loop takes round."""
         found = [0]
         for computation in self.computations.values():
             for i in computation.values():

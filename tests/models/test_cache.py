@@ -216,7 +216,7 @@ def published(name):
         ("Qwen/Qwen2.5-1.5B", 1, 1),  # 2 heads of 128, each with six queries
     ],
 )
-def test_heads_lie_side_by_side_on_a_tpu_where_rows_of_memory_would_be_empty(
+def test_heads_that_have_their_own_queries_lie_side_by_side_on_a_tpu(
     name, heads, on_four, as_on_a_tpu
 ):
     config = published(name)

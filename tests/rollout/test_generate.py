@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minillm_jax.models import head, hidden_states, logits
+from minillm_jax.models import head, hidden_states, logits, native
 from minillm_jax.models.ragged import room
 from minillm_jax.rollout import Response, Warp, generate, generate_shrinking, shrinking
+from tests.methods.array_sizes import shapes
 from tests.toy_models import prompts, toy
 
 VOCAB, EOS = 7, 0
@@ -187,3 +188,12 @@ def test_a_batch_is_halved_only_where_it_is_worth_while(monkeypatch):
         cut = plain.mask & (jnp.arange(12)[None] < limits[:, None])
         np.testing.assert_array_equal(found.mask, cut)
         np.testing.assert_array_equal(found.tokens, jnp.where(cut, plain.tokens, EOS))
+
+
+def test_a_prompt_attends_to_itself_and_not_to_the_slots_of_its_answer():
+    prompt, mask = prompts(3, 5, VOCAB)
+    with native.without():
+        program = jax.make_jaxpr(lambda: answer(prompt, mask))()
+    found = set(shapes(program.jaxpr))
+    assert (3, 5, 5) in found and (3, 1, 5 + 12) in found  # masks: of the prompt, of a token
+    assert not any(shape[-2:] == (5, 5 + 12) for shape in found)

@@ -61,8 +61,7 @@ def attend(
 
 
 def side_by_side(k: jax.Array, together: int) -> jax.Array:
-    """Return keys or values [B, K, C, h] with the numbers of `together` heads g in one: [B, K / g,
-    C, g h]."""
+    """Return keys or values [B, K, C, h] with `together` heads, g, in one: [B, K / g, C, g h]."""
     batch, heads, chunk, width = k.shape
     apart = k.reshape(batch, heads // together, together, chunk, width)
     return apart.swapaxes(2, 3).reshape(batch, heads // together, chunk, together * width)

@@ -18,7 +18,7 @@ from minillm_jax.models import head, hidden_states, logits
 from minillm_jax.objectives import token
 from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.types import InputError
-from tests.methods.array_sizes import largest_with
+from tests.array_sizes import largest_with
 from tests.methods.test_minillm import MIXING, SGD, STUDENT, TEACHER, VOCAB, P, Q, rollout, start
 from tests.toy_models import toy
 

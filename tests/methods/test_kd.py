@@ -15,7 +15,7 @@ from minillm_jax.methods.on_policy import OnPolicy
 from minillm_jax.objectives import reduce, token
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import InputError
-from tests.methods.array_sizes import largest_with
+from tests.array_sizes import largest_with
 from tests.methods.test_sft import batch, wider
 from tests.toy_models import full_logits, toy
 

@@ -19,7 +19,7 @@ from minillm_jax.objectives.policy import PRESETS
 from minillm_jax.rollout import Mixing, Rollout, collect, response_states
 from minillm_jax.train_state import TrainState
 from minillm_jax.types import Sequences
-from tests.methods.array_sizes import shapes
+from tests.array_sizes import shapes
 from tests.toy_models import prompts, toy
 
 ATOL = 1e-6

@@ -366,7 +366,10 @@ def test_the_plan_of_a_tiny_pair_on_a_tpu(tmp_path):
     collect, update = found.figures
     assert found.fits and 0 < update.peak < 0.1 * GIB
     assert update.flops >= update.needed > 0 and update.collectives
-    assert collect.cache > 0 and len(collect.assumed) == 3
+    # Keys and values of two layers, in float32: a row on each device, two heads of 4 and of 8.
+    student, teacher = 16 * 2 * 4, (16 + config.distill.chunk) * 2 * 8
+    assert collect.cache == 2 * 2 * 4 * (student + teacher)
+    assert len(collect.assumed) == 3
 
 
 def test_a_folder_needs_no_weights_and_an_unknown_model_is_one_line(tmp_path, monkeypatch):

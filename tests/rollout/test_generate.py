@@ -6,7 +6,7 @@ import pytest
 from minillm_jax.models import head, hidden_states, logits, native
 from minillm_jax.models.ragged import room
 from minillm_jax.rollout import Response, Warp, generate, generate_shrinking, shrinking
-from tests.methods.array_sizes import shapes
+from tests.array_sizes import shapes
 from tests.toy_models import prompts, toy
 
 VOCAB, EOS = 7, 0

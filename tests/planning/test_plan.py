@@ -362,12 +362,15 @@ def test_every_slice_that_is_named_is_one(name):
 @needs_compiler
 def test_the_plan_of_a_tiny_pair_on_a_tpu(tmp_path):
     config = pair(tmp_path, data=2, fsdp=2)
+    for who in ("teacher", "student"):  # a query for each head, so that they lie side by side
+        path = Path(config[who].path, "config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_key_value_heads": 4}))
     found = verdict.plan(config, tmp_path, target("v5e:2x2"), only=("collect", "distill update"))
     collect, update = found.figures
     assert found.fits and 0 < update.peak < 0.1 * GIB
     assert update.flops >= update.needed > 0 and update.collectives
-    # Keys and values of two layers, in float32: a row on each device, two heads of 4 and of 8.
-    student, teacher = 16 * 2 * 4, (16 + config.distill.chunk) * 2 * 8
+    # Keys and values of two layers, in float32: a row on each device, four heads of 4 and of 8.
+    student, teacher = 16 * 4 * 4, (16 + config.distill.chunk) * 4 * 8
     assert collect.cache == 2 * 2 * 4 * (student + teacher)
     assert len(collect.assumed) == 3
 

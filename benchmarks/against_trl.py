@@ -31,8 +31,9 @@ from minillm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from minillm_jax.models import DecoderConfig, hf
 from minillm_jax.planning.programs import mean_run
 from minillm_jax.reporting.writers import write_json
+from minillm_jax.rollout.mixed import Mixing, longest_chunk
 
-ALPHA, CHUNK = 0.2, 6
+ALPHA = 0.2
 LEARNING_RATE = 1e-5
 REMAT = "dots"  # `distill.remat`: a third less temporary memory of an update, and no slower here
 WIDTH = 4  # bytes of a number
@@ -90,7 +91,6 @@ def write(folder: Path, asked: argparse.Namespace) -> tuple[DecoderConfig, Decod
         "ids": tokenizer.encode_batch(texts),
         "slots": asked.slots,
         "alpha": ALPHA,
-        "chunk": CHUNK,
         "learning_rate": LEARNING_RATE,
         "remat": REMAT,
         "checkpointing": asked.trl_checkpointing,
@@ -158,7 +158,8 @@ def floor(
             config, rows, prompt
         )
 
-    turns = slots / mean_run(ALPHA, CHUNK)
+    mixing = Mixing(slots=slots, alpha=ALPHA, eos_id=0, pad_id=0, vocab=student.vocab_size)
+    turns = slots / mean_run(ALPHA, longest_chunk(mixing, rows))
     heads = {config: config.embed_width * config.vocab_size for config in (student, teacher)}
     weights = {c: models.kernels(c) for c in (student, teacher)}
     moments = weights[student] + heads[student]

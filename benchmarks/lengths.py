@@ -101,7 +101,7 @@ def made(
     if name == "sft":
         return sft.method(pair.student, optimizer, rate, vocab=pair.vocab, **common)
     mixing = Mixing(
-        slots=asked.slots, alpha=0.2, chunk=6, eos_id=0, pad_id=0, vocab=pair.vocab,
+        slots=asked.slots, alpha=0.2, eos_id=0, pad_id=0, vocab=pair.vocab,
         dtype=asked.dtype,
     )  # fmt: skip
     pairs = pair.student, pair.teacher, optimizer, rate

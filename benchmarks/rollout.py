@@ -7,7 +7,8 @@ schedule of the reference, and what rows cost that end early.
 1. Seconds of one decoding step of the teacher, and its bound: the larger of the bytes that must
    move (weights, cache) over the bandwidth and of the products over the matmul rate, both measured
    in the same run.
-2. The price of teacher-mixed sampling at alpha = 0.2: (mixed - student alone) / teacher alone.
+2. The price of teacher-mixed sampling at alpha = 0.2: (mixed - student alone) / teacher alone. The
+   teacher draws as many tokens as are expected of it.
 3. A collection against the schedule of the reference in the same code: mixed sampling with a step
    of the teacher at every token, a second generation by the student, and six passes that score the
    result, three by each model. The prompts are as long as those of dolly, and the reference reads
@@ -19,6 +20,8 @@ In the first three no response ends before its last slot.
 """
 
 import argparse
+import dataclasses
+import itertools
 import statistics
 from functools import partial
 from typing import Any
@@ -41,8 +44,9 @@ from minillm_jax.rollout import (
     generate_shrinking,
     response_states,
 )
+from minillm_jax.rollout.mixed import throw_coins
 
-ALPHA, CHUNK = 0.2, 6
+ALPHA = 0.2
 PARTS = ("steps", "collection", "early")
 
 
@@ -141,18 +145,20 @@ def collection(pair: models.Pair, asked: argparse.Namespace) -> dict:
     # One CPU reads the tokens alone, as `Builder.ragged` has it, other devices over padding, too.
     most = room(given.prompt, given.prompt_mask, PROMPTS) if on_cpu() else None
 
-    def mixed(chunk: int, most: int | None = None):
-        mixing = Mixing(
-            slots=asked.slots, alpha=ALPHA, chunk=chunk, eos_id=pair.vocab, pad_id=0,
-            vocab=pair.vocab, dtype=asked.dtype,
-        )  # fmt: skip
+    mixing = Mixing(
+        slots=asked.slots, alpha=ALPHA, eos_id=pair.vocab, pad_id=0, vocab=pair.vocab,
+        dtype=asked.dtype,
+    )  # fmt: skip
+    key = usual_key(mixing)
+
+    def mixed(mixing: Mixing, most: int | None = None):
         return collect(
             pair.student, pair.teacher, pair.params, pair.teacher_params,
-            given.prompt, given.prompt_mask, jax.random.key(3), mixing, most,
+            given.prompt, given.prompt_mask, key, mixing, most,
         )  # fmt: skip
 
     def reference():
-        rollout, second = mixed(1), padded()
+        rollout, second = mixed(dataclasses.replace(mixing, chunk=1)), padded()
         passes = [
             score(config, params, rollout)
             for config, params in (student, (pair.teacher, pair.teacher_params))
@@ -161,7 +167,7 @@ def collection(pair: models.Pair, asked: argparse.Namespace) -> dict:
         return rollout, second, passes
 
     calls = {
-        "collection": lambda: mixed(CHUNK, most),
+        "collection": lambda: mixed(mixing, most),
         "student alone": alone(*student, most=most),
         "teacher alone": alone(pair.teacher, pair.teacher_params, most=most),
         "reference": reference,
@@ -173,6 +179,13 @@ def collection(pair: models.Pair, asked: argparse.Namespace) -> dict:
         "price": ratio(extra, seconds["teacher alone"]),
         "against_reference": ratio(seconds["reference"], seconds["collection"]),
     }
+
+
+def usual_key(mixing: Mixing) -> jax.Array:
+    """The first key whose coins give the teacher as many tokens as are expected of it."""
+    expected = round(mixing.alpha * mixing.slots)
+    keys = map(jax.random.key, itertools.count())
+    return next(key for key in keys if throw_coins(key, mixing).sum() == expected)
 
 
 def early_ending(pair: models.Pair, asked: argparse.Namespace) -> dict:

@@ -125,7 +125,7 @@ def step(size: Size) -> tuple[tuple[Callable[[], Any], ...], tuple[float, ...]]:
     rate = optim.schedule("constant", 1e-5)
     optimizer = optim.adamw(rate)
     mixing = Mixing(
-        slots=size.response, alpha=0.2, chunk=6, eos_id=size.vocabulary, pad_id=0,
+        slots=size.response, alpha=0.2, eos_id=size.vocabulary, pad_id=0,
         vocab=size.vocabulary,
     )  # fmt: skip
     method = minillm.method(

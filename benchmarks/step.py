@@ -60,7 +60,7 @@ def measure(name: str, pair: models.Pair, asked: argparse.Namespace) -> dict[str
         frozen, batch = None, _rows(pair, asked)
     else:
         mixing = Mixing(
-            slots=asked.slots, alpha=0.2, chunk=6, eos_id=0, pad_id=0, vocab=pair.vocab,
+            slots=asked.slots, alpha=0.2, eos_id=0, pad_id=0, vocab=pair.vocab,
             dtype=asked.dtype,
         )  # fmt: skip
         policy = PRESETS["corrected"]

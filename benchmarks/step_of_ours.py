@@ -59,8 +59,7 @@ def main() -> None:
     optimizer = optim.adamw(rate)
     vocab = student.vocab_size
     mixing = Mixing(
-        slots=given["slots"], alpha=given["alpha"], chunk=given["chunk"], eos_id=vocab, pad_id=0,
-        vocab=vocab,
+        slots=given["slots"], alpha=given["alpha"], eos_id=vocab, pad_id=0, vocab=vocab
     )  # fmt: skip
     method = minillm.method(
         student, teacher, optimizer, rate, policy=PRESETS["corrected"], mixing=mixing,

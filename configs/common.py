@@ -98,7 +98,8 @@ def base() -> ml_collections.ConfigDict:
     config.distill.inner_epochs = 4  # passes over a collection
     config.distill.estimator = "corrected"  # or paper, lmops: docs/method.md
     config.distill.alpha = 0.2  # the teacher's share of the sampling mixture
-    config.distill.chunk = 6  # most tokens that the teacher reads at once while mixing
+    # Most tokens of a row that the teacher reads at once while mixing; 0: by rows and alpha.
+    config.distill.chunk = 0
     # None: as the estimator's preset has it (docs/method.md); set one to depart from it.
     config.distill.gamma = config_dict.placeholder(float)  # discount of the long-term return
     config.distill.reward_scaling = config_dict.placeholder(float)  # rewards are divided by it

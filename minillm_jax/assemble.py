@@ -90,7 +90,7 @@ def mixing(build: Builder) -> Mixing:
     return Mixing(
         slots=build.config.data.max_response,
         alpha=c.alpha,
-        chunk=min(c.chunk, build.config.data.max_response),
+        chunk=c.chunk,
         eos_id=build.tokenizer.eos_id,
         pad_id=build.tokenizer.pad_id,
         vocab=build.vocab,

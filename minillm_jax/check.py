@@ -20,9 +20,10 @@ _LEAST = (
     | {f"{stage}.weight_decay": 0 for stage in ("sft", "distill")}
     | {f"{stage}.batch_size": 1 for stage in _SECTIONS}
     | {f"{stage}.{name}": 0 for stage in _SECTIONS for name in _FROM_0}
-    | {f"distill.{name}": 1 for name in ("rollouts", "inner_epochs", "chunk")}
+    | {f"distill.{name}": 1 for name in ("rollouts", "inner_epochs")}
     | {
         "distill.collect_batch": 0,
+        "distill.chunk": 0,
         "answers.batch_size": 1,
         "evaluate.batch_size": 1,
         "teacher_sft.steps": 0,

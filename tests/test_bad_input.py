@@ -57,7 +57,7 @@ SETTINGS: list[tuple[str, Any, str]] = (
             "sft.steps": 0, "sft.batch_size": 0, "sft.micro_batch": -1, "sft.save_every": -1,
             "sft.evaluate_every": -1, "distill.epochs": -1.0, "teacher_sft.steps": -1,
             "corpus.coefficient": -1.0, "distill.inner_epochs": 0, "distill.rollouts": 0,
-            "distill.chunk": 0, "answers.batch_size": 0, "evaluate.batch_size": -1,
+            "distill.chunk": -1, "answers.batch_size": 0, "evaluate.batch_size": -1,
             "evaluate.prompts": -1, "data.max_prompt": 0, "data.max_response": 0,
             "data.limit": -1, "data.max_answer": -1,
             "sft.learning_rate": -1.0, "distill.warmup": -1, "distill.b2": 1.0,

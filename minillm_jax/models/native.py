@@ -38,7 +38,7 @@ _COMPILERS = "c++", "g++", "clang++"
 _HANDLERS = "pack", "dot", "scores", "attend"
 
 # Queries of a chunk that are attended by a loop over the cache; more are faster as products.
-FEW = 8
+FEW = 16
 
 
 @flax.struct.dataclass

@@ -18,7 +18,13 @@ from minillm_jax import assemble
 from minillm_jax.build import SECTIONS
 from minillm_jax.models import DecoderConfig, abstract_params, heads_together, native
 from minillm_jax.planning.shapes import Shapes
-from minillm_jax.rollout.mixed import Mixing, Rollout, collect
+from minillm_jax.rollout.mixed import (
+    Mixing,
+    Rollout,
+    collect,
+    longest_chunk,
+    scored_at_once,
+)
 from minillm_jax.sharding import batch_sharding, replicated
 from minillm_jax.types import Sequences
 
@@ -247,6 +253,7 @@ def _collect(build: Shapes) -> Program:
     done = written * (1 - rows / c.rollouts)
     with jax.set_mesh(build.mesh):
         cached = [heads_together(model) * model.head_dim for model in (student, teacher)]
+        chunk, scored = longest_chunk(mixing, rows), scored_at_once(mixing.slots, rows)
     needed = sum(
         _forward(model, rows, slots) + _head(model, rows * mixing.slots)
         for model in (student, teacher)
@@ -259,18 +266,18 @@ def _collect(build: Shapes) -> Program:
         needed=needed,
         times=c.rollouts // rows,
         layers=(student.layers, teacher.layers),
-        slots=frozenset({(slots, cached[0]), (slots + mixing.chunk, cached[1])}),
-        trips=_trips(mixing),
+        slots=frozenset({(slots, cached[0]), (slots + chunk, cached[1])}),
+        trips=_trips(mixing, chunk, scored),
     )
 
 
-def _trips(mixing: Mixing) -> Callable[[str, int], float]:
+def _trips(mixing: Mixing, chunk: int, scored: int) -> Callable[[str, int], float]:
     """Every response is as long as its buffer, and the teacher's turns are as many as expected."""
-    run = mean_run(mixing.alpha, mixing.chunk)
+    run = mean_run(mixing.alpha, chunk)
 
     def trips(where: str, depth: int) -> float:
         if "teacher_log_probs" in where:
-            return math.ceil(mixing.slots / min(8, mixing.slots))
+            return math.ceil(mixing.slots / scored)
         return run if depth else mixing.slots / run
 
     return trips

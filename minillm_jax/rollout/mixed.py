@@ -17,6 +17,7 @@ schedule. Nothing is generated twice and no scoring pass follows: log q comes fr
 steps, the teacher's hidden states from its chunks, and log p from their head.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from minillm_jax.axes import parts
 from minillm_jax.models import DecoderConfig, extend, head, init_cache, logits, unstack
 from minillm_jax.objectives.policy import log_mixture
 from minillm_jax.rollout.compiled import decoding
@@ -50,18 +52,52 @@ class Rollout(Sequences):
 class Mixing:
     """Settings of a collection.
 
-    `slots` is the response buffer N, `alpha` the teacher's share (the paper's 0.2), `chunk` the
-    most tokens that the teacher reads at once, `vocab` the number of ids true in both models,
-    `dtype` that of the student's arithmetic and cache; the teacher's is that of its parameters.
+    `slots` is the response buffer N, `alpha` the teacher's share (the paper's 0.2), `vocab` the
+    number of ids true in both models, `dtype` that of the student's arithmetic and cache; the
+    teacher's is that of its parameters. `chunk` is the most tokens of a row that the teacher reads
+    at once; 0: as `longest_chunk` has it.
     """
 
     slots: int
     alpha: float
-    chunk: int
     eos_id: int
     pad_id: int
     vocab: int
     dtype: str = "float32"
+    chunk: int = 0
+
+
+# So many tokens take a device little longer than one: it reads the same weights for them.
+_AT_ONCE = 128
+_LEAST = 6  # with many rows, where products are the bound: fewer turns, in which more wait
+_LONGER = 1 / 32  # of the runs of tokens between two coins do not fit into one chunk
+
+
+def longest_chunk(mixing: Mixing, rows: int) -> int:
+    """Most tokens of a row that the teacher reads at once, in a collection of so many `rows`."""
+    if mixing.chunk:
+        return min(mixing.chunk, mixing.slots)
+    longest = mixing.slots
+    if mixing.alpha == 1:
+        longest = 1
+    elif mixing.alpha > 0:  # P(run > n) = (1 - alpha)^n
+        longest = math.ceil(math.log(_LONGER) / math.log1p(-mixing.alpha))
+    return min(max(_AT_ONCE // _on_a_device(rows), _LEAST), longest, mixing.slots)
+
+
+def scored_at_once(slots: int, rows: int) -> int:
+    """Positions whose log p is computed at once, of the `slots` of so many rows."""
+    slices = -(-slots // max(_AT_ONCE // _on_a_device(rows), 8))
+    return -(-slots // slices)
+
+
+def throw_coins(key: jax.Array, mixing: Mixing) -> jax.Array:
+    """Where the teacher draws, [N] bool, in the collection of this `key`."""
+    return jax.random.bernoulli(jax.random.split(key)[0], mixing.alpha, (mixing.slots,))
+
+
+def _on_a_device(rows: int) -> int:
+    return rows // parts("batch", rows)
 
 
 @decoding(static_argnames=("student", "teacher", "mixing", "most"))
@@ -84,10 +120,10 @@ def collect(
         The rollout; the loop ends as soon as every row has ended.
     """
     rows, width = prompt.shape
-    slots, chunk, vocab = mixing.slots, mixing.chunk, mixing.vocab
-    coin_key, draw_key = jax.random.split(key)
-    coins = jax.random.bernoulli(coin_key, mixing.alpha, (slots,))
-    uniforms = jax.random.uniform(draw_key, (rows, slots)).T  # whatever rows fill the batch
+    slots, chunk, vocab = mixing.slots, longest_chunk(mixing, rows), mixing.vocab
+    coins = throw_coins(key, mixing)
+    # Whatever rows fill the batch.
+    uniforms = jax.random.uniform(jax.random.split(key)[1], (rows, slots)).T
 
     dtype, teacher_dtype = mixing.dtype, teacher_params["embed"]["tokens"].dtype
     q_weights = unstack(student, params, dtype)
@@ -194,7 +230,7 @@ def _label_log_probs(top, states, tokens, length, vocab) -> jax.Array:
     Positions from `length` on, that no row reached, are left 0.
     """
     rows, slots = tokens.shape
-    stride = min(8, slots)
+    stride = scored_at_once(slots, rows)
 
     def step(carry):
         start, out = carry

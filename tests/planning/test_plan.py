@@ -74,8 +74,9 @@ def test_bytes_are_those_of_one_device(planned):
     assert whole / 2 <= update.parts["parameters"] < 0.55 * whole  # norms are whole everywhere
     moments = update.parts["optimizer"]
     assert moments == pytest.approx(2 * update.parts["parameters"], rel=0.01)
-    # Two caches [2 rows, 2 heads, slots, head] of two layers in float32, keys and values.
-    student, teacher = 16 * 4, (16 + config.distill.chunk) * 8
+    # Two caches [2 rows, 2 heads, slots, head] of two layers in float32, keys and values; the
+    # teacher may read a whole response of 8 tokens at once.
+    student, teacher = 16 * 4, (16 + 8) * 8
     rows = config.distill.collect_batch // 4
     assert collect.cache == rows * 2 * 2 * 2 * 4 * (student + teacher)
     assert collect.held > moments  # and the responses that are written already
@@ -370,7 +371,7 @@ def test_the_plan_of_a_tiny_pair_on_a_tpu(tmp_path):
     assert found.fits and 0 < update.peak < 0.1 * GIB
     assert update.flops >= update.needed > 0 and update.collectives
     # Keys and values of two layers, in float32: a row on each device, four heads of 4 and of 8.
-    student, teacher = 16 * 4 * 4, (16 + config.distill.chunk) * 4 * 8
+    student, teacher = 16 * 4 * 4, (16 + 8) * 4 * 8
     assert collect.cache == 2 * 2 * 4 * (student + teacher)
     assert len(collect.assumed) == 3
 

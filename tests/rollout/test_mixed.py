@@ -9,6 +9,9 @@ import pytest
 from minillm_jax.models import head, hidden_states, logits, native
 from minillm_jax.models.ragged import room
 from minillm_jax.rollout import Mixing, collect, response_states
+from minillm_jax.rollout.mixed import longest_chunk, scored_at_once, throw_coins
+from minillm_jax.rollout.warp import draw
+from minillm_jax.sharding import make_mesh
 from tests.array_sizes import shapes
 from tests.toy_models import prompts, toy
 
@@ -41,7 +44,7 @@ def drawn(log_prob, found):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("chunk", [1, 3, 12])
+@pytest.mark.parametrize("chunk", [0, 1, 3, 12])
 def test_scores_of_the_loop_are_those_of_a_scoring_pass(alpha, chunk):
     found = rollout(rows=16, alpha=alpha, chunk=chunk)
     assert 20 < found.response_mask.sum() < found.response_mask.size  # some rows ended
@@ -119,10 +122,61 @@ def test_frequencies_are_those_of_the_mixture(monkeypatch):
 
 def test_same_key_same_tokens_whatever_the_chunk():
     """The chunk size is a matter of speed alone."""
-    first, *others = (rollout(key=5, chunk=chunk).response for chunk in (1, 4, 12))
+    first, *others = (rollout(key=5, chunk=chunk).response for chunk in (1, 4, 12, 0))
     for other in others:
         np.testing.assert_array_equal(first, other)
     assert (rollout(key=6).response != first).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "expected"),
+    [
+        (1, {}, 16),  # 0.8^15 is more than a 32nd, 0.8^16 is less
+        (8, {}, 16),
+        (16, {}, 8),
+        (64, {}, 6),
+        (1, {"alpha": 0.5}, 5),
+        (1, {"alpha": 1.0}, 1),
+        (1, {"alpha": 0.0}, 128),
+        (4, {"alpha": 0.0}, 32),
+        (1, {"slots": 12}, 12),
+        (1, {"chunk": 40}, 40),
+        (1, {"chunk": 40, "slots": 12}, 12),
+    ],
+)
+def test_the_longest_chunk(rows, changes, expected):
+    assert (
+        longest_chunk(mixing(**{"alpha": 0.2, "chunk": 0, "slots": 256} | changes), rows)
+        == expected
+    )
+
+
+def test_chunks_are_by_the_rows_of_a_device():
+    settings = mixing(alpha=0.2, chunk=0, slots=256)
+    with jax.set_mesh(make_mesh(data=2, fsdp=4)):
+        assert longest_chunk(settings, 128) == 8 and scored_at_once(256, 128) == 8
+        assert longest_chunk(settings, 127) == 6  # of rows that stay whole
+
+
+@pytest.mark.parametrize(
+    ("slots", "rows", "expected"),
+    [(64, 1, 64), (129, 1, 65), (256, 4, 32), (256, 64, 8), (3, 9, 3)],
+)
+def test_positions_that_are_scored_at_once(slots, rows, expected):
+    assert scored_at_once(slots, rows) == expected
+
+
+def test_the_teacher_draws_where_the_coins_say():
+    """Every token is the draw by its uniform number from the model whose turn it is."""
+    key, settings = jax.random.key(4), mixing(eos_id=-1)
+    found = rollout(key=4, rows=8, eos_id=-1)
+    coins = throw_coins(key, settings)
+    assert coins.shape == (12,) and 0 < coins.sum() < 12
+    uniforms = jax.random.uniform(jax.random.split(key)[1], (8, 12))
+    q, p = (log_probs(*model, found) for model in ((STUDENT, Q), (TEACHER, P)))
+    source = jnp.where(coins[None, :, None], p, q)
+    for t in range(12):
+        np.testing.assert_array_equal(found.response[:, t], draw(source[:, t], uniforms[:, t]))
 
 
 def test_prompts_read_without_what_they_share_give_the_same_rollout():

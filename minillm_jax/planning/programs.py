@@ -77,9 +77,9 @@ def mean_run(alpha: float, chunk: int) -> float:
     """Expected tokens between two turns of the teacher.
 
     A run ends with the coin of the next token, of probability `alpha`, or after `chunk` tokens:
-    E[min(Geometric(alpha), chunk)] = (1 - (1 - alpha)^chunk) / alpha.
+    E[min(Geometric(alpha), chunk)] = sum_{i < chunk} (1 - alpha)^i.
     """
-    return (1 - (1 - alpha) ** chunk) / alpha if alpha > 0 else float(chunk)
+    return math.fsum((1 - alpha) ** i for i in range(chunk))
 
 
 # Shapes.

@@ -81,8 +81,8 @@ def longest_chunk(mixing: Mixing, rows: int) -> int:
     if mixing.alpha == 1:
         longest = 1
     elif mixing.alpha > 0:  # P(run > n) = (1 - alpha)^n
-        longest = math.ceil(math.log(_LONGER) / math.log1p(-mixing.alpha))
-    return min(max(_AT_ONCE // _on_a_device(rows), _LEAST), longest, mixing.slots)
+        longest = math.ceil(min(longest, math.log(_LONGER) / math.log1p(-mixing.alpha)))
+    return min(max(_AT_ONCE // _on_a_device(rows), _LEAST), longest)
 
 
 def scored_at_once(slots: int, rows: int) -> int:

@@ -102,7 +102,7 @@ def attended(q, k, v, mask, scale):
 
 
 @needs_compiler
-@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("steps", [1, 6, native.FEW])
 @pytest.mark.parametrize("width", [1, 6, 16, 20, 64, 80])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_attention_is_that_of_float64(steps, width, groups):

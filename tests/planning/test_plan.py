@@ -130,7 +130,7 @@ def test_longer_answers_are_cut_to_what_prompts_leave(tmp_path):
 
 @pytest.mark.parametrize(
     ("alpha", "chunk", "expected"),
-    [(0.0, 6, 6.0), (1.0, 6, 1.0), (0.5, 2, 1.5), (0.2, 6, (1 - 0.8**6) / 0.2)],
+    [(0.0, 6, 6.0), (1e-17, 6, 6.0), (1.0, 6, 1.0), (0.5, 2, 1.5), (0.2, 6, (1 - 0.8**6) / 0.2)],
 )
 def test_the_turns_of_the_teacher(alpha, chunk, expected):
     assert programs.mean_run(alpha, chunk) == pytest.approx(expected)

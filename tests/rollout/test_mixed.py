@@ -139,6 +139,7 @@ def test_same_key_same_tokens_whatever_the_chunk():
         (1, {"alpha": 1.0}, 1),
         (1, {"alpha": 0.0}, 128),
         (4, {"alpha": 0.0}, 32),
+        (1, {"alpha": 1e-310}, 128),
         (1, {"slots": 12}, 12),
         (1, {"chunk": 40}, 40),
         (1, {"chunk": 40, "slots": 12}, 12),

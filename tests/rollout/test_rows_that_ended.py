@@ -9,6 +9,7 @@ import pytest
 
 from minillm_jax.models import native, unstack
 from minillm_jax.rollout import Mixing, Warp, collect, generate
+from minillm_jax.rollout.mixed import scored_at_once, throw_coins
 from tests.toy_models import prompts, toy
 
 VOCAB, EOS, SLOTS = 7, 0, 12
@@ -86,7 +87,7 @@ def test_a_collection_multiplies_no_more_and_asks_the_teacher_when_its_coin_is_u
         STUDENT.width: products(STUDENT, Q) * (prompt + written - ended),
         TEACHER.width: products(TEACHER, P) * (prompt + written),
     }
-    coins = np.asarray(jax.random.bernoulli(jax.random.split(key)[0], 0.3, (SLOTS,)))[:longest]
+    coins = np.asarray(throw_coins(key, mixing))[:longest]
     assert 0 < coins.sum() < len(coins)
-    slices = -(-longest // min(8, SLOTS))  # log p of all tokens, eight positions at a time
+    slices = -(-longest // scored_at_once(SLOTS, len(PROMPT)))  # log p of all tokens
     assert counts.of("heads") == {STUDENT.width: longest, TEACHER.width: coins.sum() + slices}

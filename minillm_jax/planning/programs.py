@@ -18,13 +18,7 @@ from minillm_jax import assemble
 from minillm_jax.build import SECTIONS
 from minillm_jax.models import DecoderConfig, abstract_params, heads_together, native
 from minillm_jax.planning.shapes import Shapes
-from minillm_jax.rollout.mixed import (
-    Mixing,
-    Rollout,
-    collect,
-    longest_chunk,
-    scored_at_once,
-)
+from minillm_jax.rollout.mixed import Mixing, Rollout, collect, longest_chunk, scored_at_once
 from minillm_jax.sharding import batch_sharding, replicated
 from minillm_jax.types import Sequences
 

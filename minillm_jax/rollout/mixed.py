@@ -67,9 +67,10 @@ class Mixing:
     chunk: int = 0
 
 
-# So many tokens take a device little longer than one: it reads the same weights for them.
+# Tokens that an accelerator reads in little more time than one, for it reads the same weights for
+# them; to a CPU with more than a few rows the length of a chunk hardly matters.
 _AT_ONCE = 128
-_LEAST = 6  # with many rows, where products are the bound: fewer turns, in which more wait
+_LEAST = 6  # with many rows, where products are the bound
 _LONGER = 1 / 32  # of the runs of tokens between two coins do not fit into one chunk
 
 

@@ -7,14 +7,22 @@ from minillm_jax.models import DecoderConfig, head, init_params, logits
 from minillm_jax.rollout import response_states
 
 
-def toy(seed: int, *, vocab: int = 7, layers: int = 2, width: int = 16, sharpness: float = 1.0):
-    """A decoder with grouped heads and its parameters; `sharpness` scales the logits up."""
+def toy(
+    seed: int,
+    *,
+    vocab: int = 7,
+    layers: int = 2,
+    width: int = 16,
+    kv_heads: int = 2,  # for four heads of queries
+    sharpness: float = 1.0,
+):
+    """A decoder and its parameters; `sharpness` scales the logits up."""
     config = DecoderConfig(
         vocab_size=vocab,
         layers=layers,
         width=width,
         heads=4,
-        kv_heads=2,
+        kv_heads=kv_heads,
         mlp_width=2 * width,
         max_positions=256,
         gated=True,

@@ -1,9 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from minillm_jax.models import head, hidden_states, logits, native
+from minillm_jax.models.cache import heads_together
 from minillm_jax.models.ragged import room
 from minillm_jax.rollout import Response, Warp, generate, generate_shrinking, shrinking
 from tests.array_sizes import shapes
@@ -11,17 +14,21 @@ from tests.toy_models import prompts, toy
 
 VOCAB, EOS = 7, 0
 GREEDY = Warp(temperature=0.0)
-CONFIG, PARAMS = toy(0, vocab=VOCAB)
+MODEL = CONFIG, PARAMS = toy(0, vocab=VOCAB)
 
 
-def answer(prompt, mask, *, warp=GREEDY, slots=12, key=0, vocab=VOCAB, eos=EOS, **more):
+def answer(
+    prompt, mask, *, model=MODEL, warp=GREEDY, slots=12, key=0, vocab=VOCAB, eos=EOS, **more
+):
     return generate(
-        CONFIG, PARAMS, prompt, mask, jax.random.key(key),
+        *model, prompt, mask, jax.random.key(key),
         slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=vocab, **more,
     )  # fmt: skip
 
 
-def shrunk(prompt, mask, monkeypatch, *, warp, slots=12, key=0, worth=0, eos=EOS, **more):
+def shrunk(
+    prompt, mask, monkeypatch, *, model=MODEL, warp, slots=12, key=0, worth=0, eos=EOS, **more
+):
     """The answer, and the sizes of the batches that went on without those that had ended."""
     sizes, go_on = [], shrinking._next
 
@@ -32,7 +39,7 @@ def shrunk(prompt, mask, monkeypatch, *, warp, slots=12, key=0, worth=0, eos=EOS
     monkeypatch.setattr(shrinking, "_next", spy)
     monkeypatch.setattr(shrinking, "WORTH", worth)
     found = generate_shrinking(
-        CONFIG, PARAMS, prompt, mask, jax.random.key(key),
+        *model, prompt, mask, jax.random.key(key),
         slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=VOCAB, **more,
     )  # fmt: skip
     return found, sizes
@@ -175,6 +182,22 @@ def test_answers_stay_the_same_where_rows_that_ended_leave_the_batch(greedy, mon
     assert set(sizes) <= {1, 2, 4, 8, 16}
     for name in ("tokens", "mask"):
         np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
+
+
+def test_heads_that_lie_side_by_side_change_no_answer(monkeypatch):
+    config, params = toy(0, vocab=VOCAB, kv_heads=4)
+    prompt, mask = prompts(16, 5, VOCAB)
+    asked = {"warp": Warp(), "key": 4, "with_greedy": True}
+    plain = answer(prompt, mask, model=(config, params), **asked)
+    monkeypatch.setattr("minillm_jax.models.cache.platform", lambda: "tpu")
+    assert heads_together(config) == 4
+    as_on_a_tpu = dataclasses.replace(config, max_positions=255), params  # compiled anew
+    found = answer(prompt, mask, model=as_on_a_tpu, **asked)
+    shrank, sizes = shrunk(prompt, mask, monkeypatch, model=as_on_a_tpu, **asked)
+    assert sizes
+    for one in (found, shrank):
+        np.testing.assert_array_equal(one.tokens, plain.tokens)
+        np.testing.assert_array_equal(one.mask, plain.mask)
 
 
 def test_a_batch_is_halved_only_where_it_is_worth_while(monkeypatch):

@@ -74,8 +74,9 @@ def test_each_model_computes_in_its_own_type():
         )
         for dtype in (jnp.bfloat16, jnp.float32)
     )
-    gap, rounding = np.abs(found.log_q - log_q).mean(), np.abs(exact - log_q).mean()
-    assert gap < 0.8 * rounding  # in float32 they would be equal; sums are in another order
+    # Sums in another order round otherwise, but by as much; in float32 the gap is 1e-6.
+    gap, rounding = (np.abs(x - exact).mean() for x in (found.log_q, log_q))
+    assert 0.3 < gap / rounding < 3
 
 
 def test_stored_teacher_states_are_those_of_the_full_forward():

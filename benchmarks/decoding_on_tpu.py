@@ -12,7 +12,6 @@ another: to compare programs by, not a measured time. Nothing is run.
 """
 
 import argparse
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import machine
+from benchmarks.tpu import cycles
 from minillm_jax.models import DecoderConfig, abstract_params, hub, logical_axes, native
 from minillm_jax.models.weights import read_config
-from minillm_jax.planning.counting import Counter, counter
+from minillm_jax.planning.counting import counter
 from minillm_jax.planning.targets import Target, target
 from minillm_jax.reporting.writers import write_json
 from minillm_jax.rollout import Warp, generate
@@ -90,24 +90,6 @@ def measured(
         "cycles": cycles(counts),
         "needed": weights + cache * (prompt + slots / 2),
     }
-
-
-def cycles(counts: Counter) -> int:
-    """Those that the compiler expects of the longest body of a loop."""
-    bodies = (
-        counts.computations[i.called["body"][0]]
-        for computation in counts.computations.values()
-        for i in computation.values()
-        if i.op == "while"
-    )
-    return max(
-        sum(
-            int(found[1])
-            for i in body.values()
-            if (found := re.search(r'"estimated_cycles":"(\d+)"', i.attributes))
-        )
-        for body in bodies
-    )
 
 
 def compiled(

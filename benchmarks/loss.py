@@ -41,12 +41,14 @@ def plain(name: str, hidden_q, weight_q, hidden_p, weight_p, labels) -> jax.Arra
     return jnp.sum(jnp.exp(log_q) * (log_q - log_p))
 
 
-def blocked(name: str, hidden_q, weight_q, hidden_p, weight_p, labels) -> jax.Array:
+def blocked(
+    name: str, hidden_q, weight_q, hidden_p, weight_p, labels, block: int | None = None
+) -> jax.Array:
     """The sum by `loss_sum`."""
     teacher = (None, None) if name == "cross-entropy" else (hidden_p, weight_p)
     mask = jnp.ones(labels.shape, bool)
     student = (hidden_q, weight_q, None)
-    return vocab.loss_sum(LOSSES[name], *student, *teacher, None, labels, mask)[0]
+    return vocab.loss_sum(LOSSES[name], *student, *teacher, None, labels, mask, block=block)[0]
 
 
 def measure(name: str, size: int, asked: argparse.Namespace) -> dict:

@@ -15,4 +15,4 @@ STUDENTS = {
 
 def get_config(arg: str = ""):
     """The settings; `arg` is `student=NAME`, `method=NAME`, `tiny`, joined by commas."""
-    return pair(arg, "gpt2_xl_to_gpt2", TEACHER, STUDENTS, sharded=False, remat="none")
+    return pair(arg, "gpt2_xl_to_gpt2", TEACHER, STUDENTS, sharded=False, remat="dots")

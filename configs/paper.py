@@ -71,7 +71,8 @@ def pair(
     """The settings of `teacher` into the student that `arg` names, by the method that it names.
 
     `sharded` splits parameters over all devices: a model of 6B with its moments fits none alone.
-    `remat` is the reference's gradient checkpointing, which it has for all but GPT-2.
+    `remat` "full" is the reference's gradient checkpointing, which it has for all but GPT-2; no
+    figure depends on it but time and memory.
     """
     chosen, method, small = arguments(arg, tuple(students))
     student = students[chosen]

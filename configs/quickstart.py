@@ -26,9 +26,6 @@ def get_config(arg: str = ""):
     config.student.keep_layers = tuple(range(13)) + tuple(range(19, 30))
     config.data.max_prompt = 76  # the longest of the packaged prompts has 75 tokens
 
-    for stage in (config.sft, config.distill):
-        stage.remat = "dots"  # on a CPU faster than what it saves to be read again, and smaller
-
     config.answers.limit = 128
     config.answers.batch_size = 64
 

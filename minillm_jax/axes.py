@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from minillm_jax.types import InputError
@@ -139,7 +140,7 @@ def constrain(x: Any, *axes: str | None, units: Mapping[str, int] | None = None)
     sizes = units or {}
     entries = [
         entry if size // sizes.get(name or "", 1) % ways_of(mesh, entry) == 0 else None
-        for name, size, entry in zip(axes, x.shape, partition_spec(axes), strict=True)
+        for name, size, entry in zip(axes, x.shape, local_spec(axes), strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
@@ -156,7 +157,7 @@ def platform() -> str:
 def parts(axis: str, size: int) -> int:
     """Parts into which the mesh in use splits a dimension of a logical axis; 1: it stays whole."""
     mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else ways_of(mesh, dict(AXIS_RULES)[axis])
+    ways = 1 if mesh.empty else ways_of(mesh, local_spec((axis,))[0])
     return ways if size % ways == 0 else 1
 
 
@@ -164,3 +165,25 @@ def ways_of(mesh: Any, entry: Any) -> int:
     """Parts into which an entry of a `PartitionSpec` divides a dimension."""
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names)
+
+
+def local_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """`partition_spec` for the mesh in use, without the mesh axes of which one part is at hand.
+
+    Those are the axes of a `jax.shard_map` around: what it calls sees its own part alone.
+    """
+    apart = jax.sharding.get_abstract_mesh().manual_axes
+
+    def left(entry: Any) -> Any:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(name for name in names if name not in apart) or None
+
+    spec = partition_spec(axes)
+    return PartitionSpec(*map(left, spec)) if apart else spec
+
+
+def largest(x: Any) -> jax.Array:
+    """The largest entry of `x`, in a `jax.shard_map` that of all parts."""
+    apart = jax.sharding.get_abstract_mesh().manual_axes
+    top = jnp.max(x)
+    return jax.lax.pmax(top, apart) if apart else top

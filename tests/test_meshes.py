@@ -48,7 +48,7 @@ MULTI_QUERY = dataclasses.replace(LLAMA, kv_heads=1)
 FAMILIES = {"gpt2": GPT2, "gptj": GPTJ, "llama": LLAMA, "multi-query": MULTI_QUERY}
 # Of its own, for a program that is traced once is kept.
 MODELS = FAMILIES | {"as on a TPU": dataclasses.replace(GPT2, max_positions=21)}
-MESHES = ((8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8))
+MESHES = ((8, 1, 1), (2, 2, 2), (2, 4, 1), (1, 4, 2), (1, 1, 8))
 
 
 def _params(config, seed):
@@ -154,11 +154,12 @@ def test_a_teacher_may_lie_whole_along_fsdp():
     _same(_run("llama", 2, 2, 2, rules=TENSOR_RULES), _run("llama"))
 
 
-def test_windows_on_a_mesh_change_no_loss():
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (4, 1, 2)], ids=str)
+def test_windows_on_a_mesh_change_no_loss(mesh):
     expected, _, _ = jax.device_get(_run("llama"))
     longest = lengths(_batch()).reshape(ROWS // 2, 2).max(0)  # of the micro-batches of SFT
     assert longest.min() <= WINDOW < longest.max()
-    found, _, _ = jax.device_get(_run("llama", 1, 4, 2, windows=(WINDOW, P + N)))
+    found, _, _ = jax.device_get(_run("llama", *mesh, windows=(WINDOW, P + N)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), found, expected)
 
 

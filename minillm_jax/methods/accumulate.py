@@ -1,12 +1,15 @@
 """Gradients of a global batch, micro-batch by micro-batch, exactly as if it were one."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from minillm_jax.axes import largest
 from minillm_jax.objectives.reduce import Pair, add, mean
 from minillm_jax.types import Array, Params, Sequences
 
@@ -41,7 +44,10 @@ def gradients(
     """Gradient of sum(loss) / sum(count) over the whole batch, and the means of all pairs.
 
     The count depends on masks alone, so gradients of the sums are added over the micro-batches and
-    divided once: the result does not depend on how the batch is cut, nor on the windows.
+    divided once: the result does not depend on how the batch is cut, nor on the windows. Devices
+    along `data` hold the same parameters: each adds up those of its own rows, and their sum is
+    taken once, after the last micro-batch, where the compiler would send each kernel's share in
+    every pass.
 
     Args:
         batch: a pytree whose leaves have the batch on axis 0; `micro_batches` must divide it.
@@ -49,6 +55,61 @@ def gradients(
             last. Empty: in all slots.
         tokens: of the rows [B]; without them it is the last window.
     """
+
+    sums = partial(_sums, loss_sums, micro_batches, windows)
+    if _apart(batch, micro_batches):
+        sums = _over_data(sums)
+    grads, pairs = sums(params, batch, tokens)
+    count = jnp.maximum(pairs["loss"].count, 1)
+    return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), mean(pairs)
+
+
+def _apart(batch: Any, micro_batches: int) -> bool:
+    """Whether devices along `data` each sum their own rows, which have to divide.
+
+    Not where both other axes have several devices, too: XLA's partitioner (that of jax 0.10.2)
+    then ends the process over a lookup in a table that is split along `tensor`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1 or min(mesh.shape["fsdp"], mesh.shape["tensor"]) > 1:
+        return False
+    rows = mesh.shape["data"] * micro_batches
+    return all(x.shape[0] % rows == 0 for x in jax.tree.leaves(batch) if not _is_key(x))
+
+
+def _over_data(sums: Callable) -> Callable:
+    """`sums` of the rows of each device along `data`, added up; their keys differ."""
+
+    def own(params: Params, batch: Any, tokens: Array | None) -> Any:
+        place = jax.lax.axis_index("data")
+        fold = jax.vmap(jax.random.fold_in, (0, None))
+        batch = jax.tree.map(lambda x: fold(x, place) if _is_key(x) else x, batch)
+        return jax.lax.psum(sums(params, batch, tokens), "data")
+
+    def added(params: Params, batch: Any, tokens: Array | None) -> Any:
+        whole, rows = PartitionSpec(), PartitionSpec("data")
+        specs = jax.tree.map(lambda x: whole if _is_key(x) else rows, batch)
+        return jax.shard_map(
+            own, in_specs=(whole, specs, rows), out_specs=whole, axis_names={"data"},
+            check_vma=False,
+        )(params, batch, tokens)  # fmt: skip
+
+    return added
+
+
+def _is_key(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _sums(
+    loss_sums: LossSums,
+    micro_batches: int,
+    windows: Sequence[int],
+    params: Params,
+    batch: Any,
+    tokens: Array | None,
+) -> tuple[Params, dict[str, Pair]]:
+    """Gradient of the summed loss, and all pairs, over the micro-batches."""
 
     def at(window: int | None) -> Callable:
         def total(params, micro):
@@ -63,36 +124,34 @@ def gradients(
         one, tokens = micro
         if tokens is None or len(grads_at) == 1:
             return grads_at[-1](params, one)
-        which = sum((jnp.max(tokens) > window).astype(jnp.int32) for window in windows[:-1])
+        which = sum((largest(tokens) > window).astype(jnp.int32) for window in windows[:-1])
         return jax.lax.switch(which, grads_at, params, one)
 
     if micro_batches == 1:
-        grads, pairs = grad(params, (batch, tokens))
-    else:
-        micro = jax.tree.map(
-            # Every micro-batch takes rows of every device, which hold consecutive ones.
-            lambda x: jnp.swapaxes(
-                x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1
-            ),
-            (batch, tokens),
-        )
+        return grad(params, (batch, tokens))
+    micro = jax.tree.map(
+        # Every micro-batch takes rows of every device, which hold consecutive ones.
+        lambda x: jnp.swapaxes(
+            x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1
+        ),
+        (batch, tokens),
+    )
 
-        def step(carry, one):
-            grads, pairs = grad(params, one)
-            return (jax.tree.map(jnp.add, carry[0], grads), add(carry[1], pairs)), None
+    def step(carry, one):
+        grads, pairs = grad(params, one)
+        return (jax.tree.map(jnp.add, carry[0], grads), add(carry[1], pairs)), None
 
-        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (grads, pairs), _ = jax.lax.scan(step, zeros, micro)
-    count = jnp.maximum(pairs["loss"].count, 1)
-    return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), mean(pairs)
+    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(step, zeros, micro)[0]
 
 
 def dropout_keys(seed: int | None, step: jax.Array, micro_batches: int) -> jax.Array | None:
     """One key per micro-batch [micro_batches]: fold_in(fold_in(key(seed), step), i); None if off.
 
-    They go into the batch of `gradients`, which hands each micro-batch its own. The keys follow
-    from the number of the update, so a run that starts again has the same dropout.
+    They go into the batch of `gradients`, which hands each micro-batch its own, and makes others of
+    them for the devices along `data`. The keys follow from the number of the update, so a run that
+    starts again has the same dropout.
     """
     if seed is None:
         return None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from minillm_jax.axes import partition_spec, platform, ways_of
+from minillm_jax.axes import local_spec, platform, ways_of
 from minillm_jax.models.config import DecoderConfig
 from minillm_jax.types import InputError
 
@@ -104,8 +104,11 @@ def attend_packed(
     if not mesh.empty and mesh.size > 1:
         # The compiler cannot divide a kernel of its own, so each device is handed its part. No row
         # and no head needs another: nothing is replicated, which is what check_vma looks after.
-        spec = partition_spec(("batch", "heads", "length", "head_dim"))
-        body = jax.shard_map(body, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+        spec = local_spec(("batch", "heads", "length", "head_dim"))
+        axes = set(mesh.axis_names) - set(mesh.manual_axes)
+        body = jax.shard_map(
+            body, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes, check_vma=False
+        )
     return body(*heads).transpose(0, 2, 1, 3)
 
 
@@ -173,7 +176,7 @@ def _limit(
     if mesh.empty:
         alone = here == "cpu" or jax.device_count() == 1
         return "" if alone else "it needs a mesh where there are several devices"
-    batch, heads = (ways_of(mesh, entry) for entry in partition_spec(("batch", "kv_heads")))
+    batch, heads = (ways_of(mesh, entry) for entry in local_spec(("batch", "kv_heads")))
     if rows % batch:
         return f"{rows} rows do not split over {batch} devices"
     if config.kv_heads % heads:

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from minillm_jax.axes import constrain, parts, platform
+from minillm_jax.axes import constrain, largest, parts, platform
 from minillm_jax.types import Array
 
 # Tokens of a block where none are asked for. The head's gradient, [V, D] in float32, is read and
 # written in every block: on an H200 256 took 1.6 to 1.9 times as long as 1,024, which still are a
-# sixth of the memory of whole logits (benchmarks/README.md). On a CPU more tokens gain nothing.
-_BLOCK_ON = {"gpu": 1024}
+# sixth of the memory of whole logits, and on TPUs, by their compiler, 1.4 to 1.8 times
+# (benchmarks/README.md). On a CPU more tokens gain nothing.
+_BLOCK_ON = {"gpu": 1024, "tpu": 1024}
 _BLOCK = 256
 
 HeadGrad = tuple[jax.Array, jax.Array | None]  # d weight^T [W, D, V], d bias [W, V]
@@ -55,7 +56,7 @@ class Blocks:
 
     def filled(self, mask: Array) -> jax.Array:
         """How many blocks it takes to reach the last token of the longest row of a mask [B, N]."""
-        reach = jnp.max(jnp.where(mask, jnp.arange(1, self.positions + 1), 0))
+        reach = largest(jnp.where(mask, jnp.arange(1, self.positions + 1), 0))
         return (reach + self.width - 1) // self.width
 
 

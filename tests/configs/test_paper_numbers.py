@@ -101,7 +101,7 @@ def test_a_pair_has_the_numbers_of_the_paper(name, student, method, monkeypatch)
     assert config.data.max_answer == 480  # with its prompt, an answer has up to 512 tokens
     assert config.teacher.temperature == 1.0
     assert (config.answers.source, config.evaluate.validation_prompts) == ("data", 1000)
-    full = {"batch_size": 32, "keep": "rouge_l", "remat": "none" if name[:4] == "gpt2" else "full"}
+    full = {"batch_size": 32, "keep": "rouge_l", "remat": "dots" if name[:4] == "gpt2" else "full"}
     teacher = section(config, "teacher_sft")
     assert has(teacher, **ADAM, **full, learning_rate=teacher_rate, epochs=teacher_epochs)
     if method == "minillm":

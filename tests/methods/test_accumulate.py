@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minillm_jax.methods.accumulate import gradients, spread
+from minillm_jax.methods.accumulate import dropout_keys, gradients, spread
 from minillm_jax.objectives import reduce
+from minillm_jax.sharding import batch_sharding, make_mesh, replicated
 
 ATOL = 1e-6
 ROWS, SLOTS = 8, 5
@@ -55,6 +56,50 @@ def test_a_batch_without_tokens_gives_zeros(micro_batches):
 def test_micro_batches_that_do_not_divide_are_refused():
     with pytest.raises(TypeError, match="reshape"):
         run(3, (X, MASK))
+
+
+def on_a_mesh(sums, batch, *sizes):
+    """Gradients over two micro-batches, the metrics, and the text of the program."""
+    mesh = make_mesh(*sizes)
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    homes = jax.tree.map(lambda x: rows if x.ndim > 1 else whole, batch)
+    params = {"w": jnp.linspace(-1, 1, SLOTS)[None], "v": jnp.float32(-0.5)}
+    with jax.set_mesh(mesh):
+        params, placed = jax.device_put((params, batch), (whole, homes))
+        program = (
+            jax.jit(lambda params, batch: gradients(sums, params, batch, 2))
+            .lower(params, placed)
+            .compile()
+        )
+        return *jax.device_get(program(params, placed)), program.as_text() or ""
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("sizes", [(4, 1, 2), (4, 2, 1)], ids=str)
+def test_devices_along_data_send_their_gradients_once(sizes):
+    batch = jnp.asarray(X), jnp.asarray(MASK)
+    alone, metrics, _ = on_a_mesh(loss_sums, batch, 1, 8, 1)
+    grads, found, text = on_a_mesh(loss_sums, batch, *sizes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL), grads, alone)
+    np.testing.assert_allclose(found["loss"], metrics["loss"], atol=ATOL)
+    sent = [line for line in text.splitlines() if " all-reduce(" in line]
+    over_data = [line for line in sent if "psum" in line]
+    assert over_data and not any("/while/" in line for line in over_data)
+    if sizes[1] == 1:  # nothing else is split
+        assert not any("/while/" in line for line in sent)
+
+
+def test_devices_along_data_have_keys_of_their_own():
+    def sums(params, batch, window):
+        x, key = batch
+        values = params["v"] * x[:, :1] * jax.random.uniform(key[0], (len(x), 1))
+        return {"loss": reduce.total(values, jnp.ones_like(values, bool))}
+
+    keys = dropout_keys(3, jnp.int32(5), 2)
+    assert keys is not None
+    _, metrics, _ = on_a_mesh(sums, (jnp.ones((ROWS, 1)), keys), 4, 1, 2)
+    own = [jax.random.uniform(jax.random.fold_in(key, i), (1, 1)) for key in keys for i in range(4)]
+    np.testing.assert_allclose(metrics["loss"], -0.5 * np.mean(own), atol=ATOL)
 
 
 def test_a_micro_batch_is_read_as_far_as_its_longest_row():

@@ -20,8 +20,9 @@ MODEL = CONFIG, PARAMS = toy(0, vocab=VOCAB)
 def answer(
     prompt, mask, *, model=MODEL, warp=GREEDY, slots=12, key=0, vocab=VOCAB, eos=EOS, **more
 ):
+    config, params = model
     return generate(
-        *model, prompt, mask, jax.random.key(key),
+        config, params, prompt, mask, jax.random.key(key),
         slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=vocab, **more,
     )  # fmt: skip
 
@@ -38,8 +39,9 @@ def shrunk(
 
     monkeypatch.setattr(shrinking, "_next", spy)
     monkeypatch.setattr(shrinking, "WORTH", worth)
+    config, params = model
     found = generate_shrinking(
-        *model, prompt, mask, jax.random.key(key),
+        config, params, prompt, mask, jax.random.key(key),
         slots=slots, warp=warp, eos_id=eos, pad_id=EOS, vocab=VOCAB, **more,
     )  # fmt: skip
     return found, sizes

@@ -1,7 +1,11 @@
 """Which settings cannot be right, judged before anything is loaded; `build` reads the rest."""
 
+import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from minillm_jax import recipe
 from minillm_jax.data.templates import TEMPLATES
@@ -32,7 +36,7 @@ _LEAST = (
     | {"data.max_answer": 0}
     | {"evaluate.prompts": 0, "evaluate.validation_prompts": 0, "evaluate.seeds": 1}
     | {f"evaluate.{name}": 0 for name in ("no_repeat_ngram", "exposure_samples", "overlap")}
-    | {"corpus.coefficient": 0}
+    | {"corpus.coefficient": 0, "seed": 0}
 )
 _REMAT = {f"{stage}.remat": ("none", "dots", "full") for stage in _SECTIONS}
 _KEEP = ("loss", "rouge_l", "reverse_kl")
@@ -59,8 +63,10 @@ def check(config: Any, ways: int = 1) -> None:
     """
     for name, least in _LEAST.items():
         value = _setting(config, name)
-        if value < least:
+        if not least <= value < math.inf:  # nor NaN
             raise InputError(f"config.{name}={value}: give a number of at least {least}")
+    for name in _not_numbers(config):
+        raise InputError(f"{name}=nan: give a number")
     for name, allowed in _CHOICES.items():
         value = _setting(config, name)
         if value is not None and value not in allowed:
@@ -220,6 +226,15 @@ def check_ids(who: str, path: Any, ids: int, largest: int) -> None:
             f"the tokenizer makes the id {largest}, the {who} has {ids} ids: {path} and its "
             "tokenizer do not belong together"
         )
+
+
+def _not_numbers(config: Any, name: str = "config") -> Iterator[str]:
+    """Settings that are NaN, which passes every comparison with a bound."""
+    if isinstance(config, Mapping | ConfigDict):
+        for key, value in config.items():
+            yield from _not_numbers(value, f"{name}.{key}")
+    elif isinstance(config, float) and math.isnan(config):
+        yield name
 
 
 def _setting(config: Any, name: str) -> Any:

@@ -203,7 +203,7 @@ class Data:
             rows,
             template=c.template,
             max_prompt=c.max_prompt + c.max_response - 1,
-            max_response=c.max_response,
+            max_response=c.max_prompt + c.max_response,  # no word is cut: `_labelled` leaves it out
             long_prompts="drop",
         )
         # Without the end of sequence: the word is asked for, and not whether more would follow.

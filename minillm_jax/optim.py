@@ -95,7 +95,9 @@ def adamw(
     first. On a CPU that is most of the update's time.
     """
     if clip_norm is not None and not clip_norm > 0:
-        raise InputError(f"clip_norm={clip_norm}: give a number above 0, or None for no clip")
+        raise InputError(
+            f"clip_norm={clip_norm}: give a number above 0, or in its file None for no clip"
+        )
     decay = {"weight_decay": weight_decay, "mask": decay_mask}
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, **decay)
     if clip_norm is not None:

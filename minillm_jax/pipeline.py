@@ -126,11 +126,13 @@ def execute(
     build = Builder(config, workdir)
     if source:
         with claimed(workdir):
-            fork(source, workdir, config)
+            fork(source, workdir, config, build.config)
     refuse_another(workdir, config)
     refuse_busy(workdir)
     stages = planned(build).stages
     chosen = chosen_stages(stages, names)
+    if list(chosen) == ["report"] and not (workdir / "config.json").exists():
+        raise InputError(f"{workdir} holds no run to report of: give its --workdir")
     to_do = [stage for stage in chosen if not is_done(workdir, stages, stage)]
     check_inputs(workdir, stages, to_do)
     tuned = workdir / "stages" / "teacher_sft" / "model"
@@ -169,7 +171,8 @@ def run_stage(run: Run, stage: str, this: Stage) -> None:
     """
     folder, inputs = run.folder(stage), _inputs(run.workdir, this)
     mark = folder / "started.json"
-    if not (mark.exists() and read_json(mark)["inputs"] == inputs):
+    same = (inputs, None)  # None: a fork goes on from other inputs
+    if not (mark.exists() and read_json(mark)["inputs"] in same):
         hosts.barrier(f"{stage} is new")
         if hosts.is_main():  # of other inputs: no checkpoint to go on from
             run.clear(stage)
@@ -201,7 +204,8 @@ def run_stage(run: Run, stage: str, this: Stage) -> None:
         line = memory.explain(run.build.config, run.workdir, stage)
         raise InputError(f"{line}; then the same command goes on") from error
     except stopping.Stopped as error:
-        saved = str(error) or "at the last checkpoint"
+        begun = record.steps(run.checkpoints(stage))
+        saved = str(error) or ("at the last checkpoint" if begun else "before its first checkpoint")
         raise stopping.Stopped(f"{stage}, {saved}") from error
     outcome["seconds"] = round(time.monotonic() - began, 2)
     now = datetime.datetime.now(datetime.UTC).isoformat()

@@ -20,6 +20,7 @@ from absl import flags, logging
 from minillm_jax import stopping
 from minillm_jax.types import InputError
 
+_NO_PAIR = ("common", "paper")  # of configs: what the others are made of
 CACHE_BYTES = 4 * 2**30  # of programs that are kept; those not used for longest go first
 
 
@@ -130,7 +131,7 @@ def _parse(known: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         raise InputError(f"--config has no value before {spec}: write --config=FILE.py")
     path = Path(spec.partition(":")[0])
     if spec and not path.is_file():
-        beside = sorted(str(p) for p in path.parent.glob("*.py") if p.stem != "common")
+        beside = sorted(str(p) for p in path.parent.glob("*.py") if p.stem not in _NO_PAIR)
         there = f"choose from {', '.join(beside)}" if beside else "correct the path"
         raise InputError(f"no experiment {path}: {there}")
     try:

@@ -173,12 +173,14 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def fork(source: Path, workdir: Path, config: Any):
+def fork(source: Path, workdir: Path, config: Any, resolved: Any):
     """Begin `workdir` with what `source` has, up to the last checkpoint, under another config.
 
-    The stage of that checkpoint is to go on; stages before it are done, those after it are not
-    taken over. What differs is printed and kept in `fork.json`. If `workdir` is that fork already
-    nothing is done, so that the same command goes on. The caller holds `workdir`.
+    The stage of that checkpoint is to go on, whatever its inputs now are; stages before it are
+    done, those after it are not taken over. What differs is printed and kept in `fork.json`. If
+    `workdir` is that fork already nothing is done, so that the same command goes on. The caller
+    holds `workdir`. `resolved` is the config with the method's settings filled in, as checkpoints
+    have it.
 
     Raises:
         InputError: there is no checkpoint to go on from, or `workdir` is another run.
@@ -196,17 +198,19 @@ def fork(source: Path, workdir: Path, config: Any):
     stage = next((name for name in reversed(order) if found.get(name)), None)
     if stage is None:
         raise InputError(f"{source} has no checkpoint: give a run that has one to --fork")
+    earlier = order[: order.index(stage)]
     theirs, mine = read_json(source / "config.json"), config.to_dict()
     changed = differences(theirs, mine)
     if hosts.is_main():
         for folder in sorted((source / "stages").iterdir()):
-            before = folder.name == "teacher_answers" or folder.name in order[: order.index(stage)]
+            before = folder.name in ("teacher_answers", "teacher_targets", *earlier)
             if before or folder.name == stage:
                 _copy(folder, workdir / "stages" / folder.name, done=before)
+        write_json(workdir / "stages" / stage / "started.json", {"inputs": None})
         for file in ("metrics.jsonl", "timing.jsonl"):
             if (source / file).exists():
                 shutil.copyfile(source / file, workdir / file)
-        settings = {"stage": stage, "config": own_settings(mine)}
+        settings = {"stage": stage, "config": own_settings(resolved.to_dict())}
         record.adopt(workdir / "stages" / stage / "checkpoints", settings)
         what = {name: {"was": was, "now": now} for name, (was, now) in changed.items()}
         step = max(found[stage])

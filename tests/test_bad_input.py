@@ -1,6 +1,7 @@
 """Bad input, in one table: one line with culprit and cure, exit code 2, and nothing left behind."""
 
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -61,10 +62,12 @@ SETTINGS: list[tuple[str, Any, str]] = (
             "evaluate.prompts": -1, "data.max_prompt": 0, "data.max_response": 0,
             "data.limit": -1, "data.max_answer": -1,
             "sft.learning_rate": -1.0, "distill.warmup": -1, "distill.b2": 1.0,
-            "sft.clip_norm": 0.0,
+            "sft.clip_norm": 0.0, "seed": -1,
+            "sft.epochs": math.inf, "distill.weight_decay": math.nan, "distill.gamma": math.nan,
         }.items()
     ]
     + [
+        ("distill.epochs", math.nan, "config.distill.epochs=nan: give a number of at least 0"),
         ("distill.alpha", 1.5, "the teacher's share is between 0 and 1"),
         ("teacher.temperature", 0.0, "config.teacher.temperature=0.0: give a number from 0.01 to"),
         ("distill.start_temperature", 0.0, "config.distill.start_temperature=0.0: give a num"),
@@ -355,6 +358,7 @@ def environment(name: str, value: str) -> Prepare:
 
 case("pip without network", without_network, "cannot fetch llm-nothing==1.0 (no network); check")
 case("TensorBoard missing", without_tensorboard, "pip install tensorboardX")
+case("no run to report of", ["--stages=report"], "holds no run to report of: give its --workdir")
 case("a file for a folder", in_the_way, "Not a directory")
 case("nothing may be written", ["--workdir=/proc/minillm/run"], "/proc/minillm")
 case("no run to fork", lambda f, p: [f"--fork={f}"], "holds no run: give its work directory to")

@@ -8,6 +8,8 @@ import pytest
 
 from minillm_jax.stages import training
 
+STATE = SimpleNamespace(params={})
+
 
 @pytest.mark.parametrize(
     "score, values, kept",
@@ -20,20 +22,62 @@ from minillm_jax.stages import training
     ],
 )
 def test_the_best_score_is_kept_and_nan_never_beats_a_number(monkeypatch, score, values, kept):
-    saved = []
-    monkeypatch.setattr(training.modelfiles, "save_model", lambda *_: saved.append(step))
+    stage, saved = staged(monkeypatch, score, score, [{score: value} for value in values])
+    for step in range(len(values)):
+        stage.evaluate(step, STATE)
+    assert saved == kept
+    assert stage.best and stage.best["step"] == kept[-1]
+
+
+def test_equal_scores_are_decided_by_the_loss_and_rouge_of_0_is_warned_of(monkeypatch):
+    losses = [3.0, 2.0, 2.5, math.nan, 1.0]
+    values = [{"rouge_l": 0.0, "loss": loss} for loss in losses] + [{"rouge_l": 0.1, "loss": 4.0}]
+    stage, saved = staged(monkeypatch, "rouge_l", "loss", values)
+    stage.bar = bar = Bar()
+    for step in range(len(values)):
+        stage.evaluate(step, STATE)
+    assert saved == [0, 1, 4, 5]
+    assert stage.best == {"step": 5, "valid_rouge_l": 0.1, "valid_loss": 4.0}
+    assert stage.warnings == len(bar.said) == 1
+    assert "no answer has a word of its reference" in bar.said[0]
+    assert (
+        bar.said[0].startswith("warning: s, update 0: ") and "config.sft.keep=loss" in bar.said[0]
+    )
+
+
+def test_a_stage_of_an_older_version_keeps_its_best_where_scores_are_equal(monkeypatch):
+    stage, saved = staged(monkeypatch, "rouge_l", "loss", [{"rouge_l": 0.1, "loss": 1.0}])
+    stage.best = {"step": 3, "valid_rouge_l": 0.1}
+    stage.evaluate(4, STATE)
+    assert not saved and stage.best["step"] == 3
+
+
+class Bar:
+    """A progress bar that remembers what it is told."""
+
+    def __init__(self):
+        self.said: list[str] = []
+        self.log: Any = self.said.append
+
+
+def staged(monkeypatch, keep, headline, scores):
+    """A stage that validates to `scores`, one after another, and the steps that it keeps."""
+    saved, left = [], iter(enumerate(scores))
+    now = []
+
+    def validate(_):
+        step, found = next(left)
+        now[:] = [step]
+        return found
+
+    monkeypatch.setattr(training.modelfiles, "save_model", lambda *_: saved.append(now[0]))
     quiet: Any = SimpleNamespace(
         metrics=SimpleNamespace(write=lambda *_: None),
         model=lambda stage: stage,
         build=SimpleNamespace(tokenizer=None),
     )
     start: Any = SimpleNamespace(config=None, hf_config={})
-    state = SimpleNamespace(params={})
-    left = iter(values)
-    stage = training._Stage(
-        quiet, "s", start, lambda _: {score: next(left)}, f"valid_{score}", None, "sft"
+    stage: Any = training._Stage(
+        quiet, "s", start, validate, f"valid_{keep}", headline, None, "sft"
     )
-    for step in range(len(values)):
-        stage.evaluate(step, state)
-    assert saved == kept
-    assert stage.best and stage.best["step"] == kept[-1]
+    return stage, saved

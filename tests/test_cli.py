@@ -149,7 +149,9 @@ def test_a_wrong_command_in_a_process_of_its_own():
         == "error: no experiment configs/nothere.py: choose from "
         + ", ".join(
             sorted(
-                f"configs/{p.name}" for p in (ROOT / "configs").glob("*.py") if p.stem != "common"
+                f"configs/{p.name}"
+                for p in (ROOT / "configs").glob("*.py")
+                if p.stem not in ("common", "paper")
             )
         )
         + "\n"

@@ -145,6 +145,9 @@ def test_rows_of_calibration_that_fit_nowhere_are_refused(tmp_path, monkeypatch)
     monkeypatch.setitem(classification.TASKS, "sst2", task)
     config.evaluate.calibration, config.data.max_prompt = (f"sst2={file}",), 112
     (examples, _) = Builder(config, tmp_path).data.labelled()["sst2"].examples
+    config.data.max_response = 1  # how long answers may be says nothing of the labels
+    (again, _) = Builder(config, tmp_path).data.labelled()["sst2"].examples
+    assert len(again[0].response) > 1 and again[0].response == examples[0].response
     config.data.max_prompt = len(examples[0].prompt) - config.data.max_response + 1
     with pytest.raises(InputError, match="sentences.jsonl: no row fits into config.data.max_p"):
         Builder(config, tmp_path).data.labelled()

@@ -1,8 +1,10 @@
 """A method on kept targets learns what it learns with the teacher beside it."""
 
 import json
+import re
 
 import numpy as np
+import pytest
 
 from minillm_jax import pipeline
 from minillm_jax.rollout import score
@@ -55,3 +57,26 @@ def test_kept_targets_teach_the_same(tmp_path, monkeypatch):
     assert kept["ids"].shape[1:] == (3,) and kept["log_p"].shape[1:] == (4,)
     np.testing.assert_allclose(np.exp(kept["log_p"]).sum(axis=1), 1, rtol=1e-5)
     assert (kept["log_p"][:, :2] >= kept["log_p"][:, 1:3]).all()
+
+
+@pytest.mark.parametrize("cached", ["states", ""])
+def test_a_fork_goes_on_with_the_kept_targets_and_without(cached, tmp_path, monkeypatch, capsys):
+    one_device(monkeypatch)
+    config, source = toy_config(tmp_path), tmp_path / "source"
+    config.method, config.distill.keep, config.distill.cache_teacher = "kd", "loss", "states"
+    config.distill.evaluate_every = 100
+    stages = ["teacher_answers", "teacher_targets", "distill"]
+    pipeline.execute(config, source, stages)
+    with config.unlocked():
+        other = config.copy_and_resolve_references()
+    other.distill.learning_rate, other.distill.cache_teacher = 5e-3, cached
+    stages = stages if cached else ["teacher_answers", "distill"]
+    pipeline.execute(other, tmp_path / "fork", stages, source)
+    said = capsys.readouterr().err
+    at = re.search(r"forked .* at update (\d+) of distill", said)
+    assert at and 0 < int(at[1]) < other.distill.steps
+    assert ("teacher_targets: done" in said) == bool(cached)
+    before, after = losses(source), losses(tmp_path / "fork")
+    same = [mine == theirs for mine, theirs in zip(after, before, strict=True)]
+    # The first update after the fork begins where the other one did.
+    assert all(same[: int(at[1]) + 1]) and not any(same[int(at[1]) + 1 :])

@@ -155,7 +155,7 @@ def _row(fields: Any, where: str, need_output: bool) -> Row:
         references = (_text(output, output_name, where),)
     return Row(
         instruction=instruction,
-        input=_text(given, input_name, where) if given != "" else "",
+        input=_text(given, input_name, where) if given not in ("", None) else "",
         output=references,
         where=where,
     )

@@ -5,6 +5,7 @@ Written as safetensors without torch; remote code is not run. The files are read
 """
 
 import collections
+import dataclasses
 import json
 import os
 import shutil
@@ -96,7 +97,7 @@ def save(
     if described.layers != config.layers:
         hf_config[family.layers] = config.layers
         described = family.read(hf_config)
-    if described != config:
+    if described != dataclasses.replace(config, attention=described.attention):  # none is stored
         raise InputError(f"cannot write {path}: its config.json would describe another model")
     writes = everywhere or hosts.is_main()
     if writes and path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -1,7 +1,8 @@
 """What goes wrong in training without being an error: spikes, and a student that collapses.
 
-`Watch.add` takes the metrics of each update and answers with warnings that say what to change. It
-remembers the metrics alone, so a run that goes on reads them again and warns as it would have.
+`Watch.add` takes the metrics of each update, and the scores of each validation, and answers with
+warnings that say what to change. It remembers them alone, so a run that goes on reads them again
+and warns as it would have.
 """
 
 import statistics
@@ -46,6 +47,9 @@ SIGNS = (
          change="lower {0}.learning_rate, or raise {0}.alpha"),
     Sign("repetition", bound=0.5, above=True, says="answers repeat themselves",
          change="lower {0}.learning_rate, or raise {0}.alpha"),
+    Sign("valid_rouge_l", bound=1e-9,
+         says="no answer has a word of its reference, of which Rouge-L sees a-z and digits alone",
+         change="choose by {0}.keep=loss if that goes on, or if the text is of another script"),
     Sign("ess", bound=0.3, says="few tokens carry the importance weights",
          change="lower {0}.alpha, or {0}.inner_epochs"),
 )  # fmt: skip

@@ -85,8 +85,8 @@ def warped(warp: Warp, logits: jax.Array, history: jax.Array, length: jax.Array)
     if warp.top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         cumulative = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        # The nucleus is the fewest ids whose mass reaches top_p: keep an id when the mass before
-        # it is still short of top_p, so that the best id always stays.
+        # The nucleus is the fewest ids whose mass reaches top_p, and those as likely as the last of
+        # them: keep an id when the mass before it is still short of top_p, so that the best stays.
         size = jnp.sum(
             jnp.pad(cumulative, ((0, 0), (1, 0)))[:, :-1] < warp.top_p, axis=-1, keepdims=True
         )
@@ -123,6 +123,6 @@ def _banned(history: jax.Array, length: jax.Array, n: int, vocab: int) -> jax.Ar
             starts &= history[:, k : slots - n + 1 + k] == recent[:, k : k + 1]
         last = history[:, n - 1 :]
     end = jnp.arange(slots - n + 1)[None] + n  # the n-gram that starts at j ends before j + n
-    hit = starts & (end <= length) & (length >= n)
+    hit = starts & (end <= length) & (length >= n) & (last >= 0)  # below 0 is padding
     banned = jnp.zeros((rows, vocab), bool)
     return banned.at[jnp.arange(rows)[:, None], last].max(hit)

@@ -89,7 +89,7 @@ def train(
             buffer = _abstract_rollout(build, method, abstract, frozen, batches)
         restored = checkpoints.restore(abstract, buffer=buffer)
         keep = f"valid_{build.config[section].keep}"
-        progress = _Stage(run, stage, start, validate, keep, checkpoints, section)
+        progress = _Stage(run, stage, start, validate, keep, headline, checkpoints, section)
         if restored:
             state, rollout = restored.state, restored.buffer
             evaluated = progress.resume(restored)
@@ -122,6 +122,8 @@ def train(
                 take=lambda rollout, which: take_rows(rollout, which, rows),
                 arrange=_arrange(build, section),
             )
+    best = ", ".join(f"{name} {value:.4g}" for name, value in (progress.best or {}).items())
+    print(f"{stage}: kept the model of {best.replace('step', 'update')}", file=hosts.log())
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     outcome |= {"skipped": int(state.skipped), "warnings": progress.warnings}
     return outcome | {"best": progress.best}
@@ -144,9 +146,10 @@ def saved_at_a_stop(checkpoints: Checkpoints) -> Iterator[None]:
 class _Stage:
     """The hooks of one training stage, and the little that they remember."""
 
-    def __init__(self, run, stage, start, validate, keep, checkpoints, section):
+    def __init__(self, run, stage, start, validate, keep, headline, checkpoints, section):
         self.run, self.stage, self.start = run, stage, start
         self.validate, self.keep, self.checkpoints = validate, keep, checkpoints
+        self.ties = f"valid_{headline}"  # decides between models that `keep` finds equal
         self.tokens, self.best = 0, None
         self.rows = 0  # of the metrics
         self.watch, self.warnings = Watch(section), 0
@@ -174,11 +177,14 @@ class _Stage:
     def log(self, step, values, times):
         self.tokens += int(values["tokens"])
         self.write(step, values, times)
-        warnings = self.watch.add(step, values)
-        self.warnings += len(warnings)
         if self.bar:
             self.bar.update(step, tokens=values["tokens"], metrics=values)
-            for warning in warnings:
+        self.look_at(step, values)
+
+    def look_at(self, step, values):
+        for warning in self.watch.add(step, values):
+            self.warnings += 1
+            if self.bar:
                 self.bar.log(f"warning: {self.stage}, {warning}")
 
     def evaluate(self, step, state):
@@ -186,16 +192,21 @@ class _Stage:
         found = self.validate(model)
         scores = {f"valid_{name}": value for name, value in found.items()}
         self.write(step, scores)
+        self.look_at(step, scores)
         # The first model is kept whatever its score, so that there always is one.
-        if self.best is None or self._better(scores[self.keep], self.best[self.keep]):
-            self.best = {"step": step, self.keep: scores[self.keep]}
+        if self.best is None or self._better(scores, self.best):
+            self.best = {"step": step, **{name: scores[name] for name in (self.keep, self.ties)}}
             modelfiles.save_model(self.run.model(self.stage), model, self.run.build.tokenizer)
         return found
 
-    def _better(self, value, best):
-        if math.isnan(best):
+    def _better(self, scores, best):
+        if math.isnan(best[self.keep]):
             return True
-        return value > best if self.keep == "valid_rouge_l" else value < best
+        sign = -1 if self.keep == "valid_rouge_l" else 1
+        if scores[self.keep] != best[self.keep]:
+            return sign * scores[self.keep] < sign * best[self.keep]
+        # A stage that an older version began remembers no score for ties.
+        return scores[self.ties] < best.get(self.ties, -math.inf)
 
     def save(self, step, state, rollout, evaluated):
         extra = {"tokens": self.tokens, "best": self.best}

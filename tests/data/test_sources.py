@@ -17,12 +17,14 @@ def test_forms_that_are_accepted(tmp_path: Path):
         b'{"instruction": "a\\u2028b", "output": "x", "prompt": 3}\r\n'
         b'{"instruction": "c", "input": "", "output": ["y", "z"]}\r\n'
         b'{"instruction": "d", "context": "e", "response": "f"}\n'
+        b'{"instruction": "g", "input": null, "output": "h"}\n'
         b"   \n"
     )
     expected = [
         Row("a\u2028b", "", ("x",), f"{path}:1"),
         Row("c", "", ("y", "z"), f"{path}:2"),
         Row("d", "e", ("f",), f"{path}:3"),
+        Row("g", "", ("h",), f"{path}:4"),
     ]
     assert read_jsonl(path, need_output=True) == expected
     packed = tmp_path / "rows.jsonl.gz"

@@ -1,5 +1,6 @@
 """Folders in and out: nothing is lost, nothing is guessed, nothing is left half-written."""
 
+import dataclasses
 import errno
 import json
 
@@ -206,6 +207,9 @@ def test_save_overwrites_nothing_and_refuses_a_wrong_model(folder, tmp_path):
     config, params, hf_config = checkpoint.config, checkpoint.params, checkpoint.hf_config
     with pytest.raises(InputError, match="is there already and not empty; remove it"):
         hf.save(folder, config, params, hf_config)
+    kernel = dataclasses.replace(config, attention="splash")  # how it is read, which none stores
+    hf.save(tmp_path / "read by a kernel", kernel, params, hf_config)
+    assert hf.open_model(tmp_path / "read by a kernel").config == config
     with pytest.raises(InputError, match="another model"):
         hf.save(tmp_path / "out", config, params, {**hf_config, "rms_norm_eps": 0.5})
     with pytest.raises(InputError, match="params/final_norm/scale is nothing"):

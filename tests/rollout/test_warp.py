@@ -66,6 +66,14 @@ def test_warped_equals_the_textbook(temperature, top_k, top_p, ngram):
         np.testing.assert_allclose(probs[row], expected, atol=1e-6)
 
 
+def test_a_ban_of_single_ids_is_not_at_padding():
+    history = jnp.array([[-1, -2, -3, 4, 1, 0]])  # three slots of left padding, and one to come
+    probs = jax.nn.softmax(
+        warped(Warp(no_repeat_ngram=1), jnp.zeros((1, 6)), history, jnp.int32(5))
+    )
+    assert jnp.flatnonzero(probs[0]).tolist() == [0, 2, 3, 5]
+
+
 def test_greedy_takes_the_best():
     # a clear best, the first of two, and rows that no comparison of numbers decides
     logits = jnp.array([[0.0, 2.0, 1.0], [1.0, 3.0, 3.0], [-jnp.inf] * 3, [jnp.nan] * 3])

@@ -4,9 +4,10 @@
 
 Per seed: `configs/quickstart.py` as a user runs it, and two controls made of the SFT student that
 MiniLLM started from. `further_sft` is fine-tuned further on the teacher's answers for as many
-seconds as the MiniLLM stage took, loading, compilation and validation by the loss included in both,
-with its own cosine schedule and the best of three validations by the reverse KL; where the machine
-is shared and seconds mean little, `--further_steps` is the number of updates. `sharpened_sft` has
+updates as are expected to take the seconds of the MiniLLM stage, loading, compilation and
+validation by the loss included in both, with its own cosine schedule and the best of three
+validations by the reverse KL; where the machine is shared and seconds mean little,
+`--further_steps` is the number of updates. `sharpened_sft` has
 its logits multiplied by the number that gives the lowest reverse KL on the validation prompts: what
 a change of temperature alone does. What is done already is not done again; the table is of what is
 there.

@@ -5,9 +5,9 @@
 An undisturbed run comes first. Then runs of the same command are stopped: once in every phase of
 `PHASES` with both signals, then at random moments, until there were so many stops; each start is a
 process of its own and goes on where the last one ended. Every run that is complete is compared
-with the undisturbed one byte by byte: `metrics.jsonl`, all students, all answers, all figures, and
-the checksums of the last parameters and moments.
-Exit code 1 if a byte differs, or if SIGTERM was not followed by exit code 0 in 20 seconds.
+with the undisturbed one: `metrics.jsonl`, all answers, all figures and the checksums of the last
+parameters and moments byte by byte, all students tensor by tensor.
+Exit code 1 if anything differs, or if SIGTERM was not followed by exit code 0 in 20 seconds.
 """
 
 import argparse

@@ -85,7 +85,7 @@ def pair(
     config.teacher.path, config.student.path = teacher.path, student.path
     config.teacher.dtype = config.student.dtype = "bfloat16"  # the reference: fp16
 
-    # The paper's split by `data.sources.paper_split`: 1,000 rows to choose models by, 500 to test.
+    # The paper's split by `data.splits.paper_split`: 1,000 rows to choose models by, 500 to test.
     config.data.train = config.data.validation = config.data.test = DOLLY
     config.data.template = template
     config.data.max_prompt = config.data.max_response = 256  # 512 together

@@ -49,7 +49,7 @@ def get_config(arg: str = ""):
     config.distill.gamma = 1.0
     config.distill.cliprange = 0.0
     config.distill.whiten = "center"
-    # The long-term term of 8 answers is mostly noise: a fifth of it beside the exact term.
+    # The long-term term of 4 answers is mostly noise: a fifth of it beside the exact term.
     config.distill.reward_scaling = 5.0
     config.distill.learning_rate = 1e-4
     config.distill.warmup = 2

@@ -1,6 +1,6 @@
 """Other meshes, micro-batches and remat for one experiment on one machine, best first.
 
-Every candidate is compiled, and a compilation takes half a minute for a large model. So a mesh
+Every candidate is compiled, and that takes minutes for a large model. So a mesh
 begins with whole batches and no remat, and a program that does not fit there, and no other, gets
 what its figures say may do: fewer rows at once, and where one row is too many, more remat. What a
 candidate leaves as it was is compiled once.

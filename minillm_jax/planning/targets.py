@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from minillm_jax.planning.chips import GPUS, TPUS, Chip
 from minillm_jax.types import InputError
 
-PIP = 'pip install "minillm_jax[plan]" (or libtpu alone, in the version that jax[tpu] asks for)'
+PIP = (
+    'pip install ".[plan]" in the checkout (or libtpu alone, in the version that jax[tpu] asks for)'
+)
 
 # So that the TPU compiler asks no metadata server for a machine, says nothing of it, and shares
 # this one with others: it locks a TPU, and here is none.

@@ -2,10 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from minillm_jax import recipe
 from minillm_jax.data.templates import TEMPLATES
@@ -230,7 +228,7 @@ def check_ids(who: str, path: Any, ids: int, largest: int) -> None:
 
 def _not_numbers(config: Any, name: str = "config") -> Iterator[str]:
     """Settings that are NaN, which passes every comparison with a bound."""
-    if isinstance(config, Mapping | ConfigDict):
+    if hasattr(config, "items"):
         for key, value in config.items():
             yield from _not_numbers(value, f"{name}.{key}")
     elif isinstance(config, float) and math.isnan(config):

@@ -32,7 +32,7 @@ from configs.common import base
 from minillm_jax import checkpoint, pipeline, record, stopping, trainer
 from minillm_jax.build import Builder
 from minillm_jax.reporting.writers import write_json
-from minillm_jax.stages import answers, training
+from minillm_jax.stages import answers, keeper
 
 WITHIN = 20.0  # seconds from SIGTERM to the end
 SENT, STOPPED = "soak: a signal", "; the same command goes on"
@@ -61,7 +61,7 @@ Place = tuple[Any, str, Callable[..., bool]]
 
 
 def _step(stage: str, step: int) -> Place:
-    return training._Stage, "log", lambda self, at, *_: (self.stage, at) == (stage, step)
+    return keeper.Keeper, "log", lambda self, at, *_: (self.stage, at) == (stage, step)
 
 
 def _writing(self) -> bool:
@@ -75,7 +75,7 @@ PHASES: dict[str, Place] = {
     "collect": (trainer, "_repetition", lambda *_: True),
     "inner epoch 1": _step("distill", 5),
     "inner epoch 2": _step("distill", 7),
-    "validation": (training._Stage, "evaluate", lambda self, at, _: at == 3),
+    "validation": (keeper.Keeper, "evaluate", lambda self, at, _: at == 3),
     "checkpoint write": (checkpoint.Checkpoints, "wait", _writing),
     "evaluation": (answers, "answer", lambda *_, with_greedy=False, **__: with_greedy),
     "report": (pipeline, "write_report", lambda *_: True),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minillm_jax.stages import training
+from minillm_jax.stages import keeper
 
 STATE = SimpleNamespace(params={})
 
@@ -70,14 +70,12 @@ def staged(monkeypatch, keep, headline, scores):
         now[:] = [step]
         return found
 
-    monkeypatch.setattr(training.modelfiles, "save_model", lambda *_: saved.append(now[0]))
+    monkeypatch.setattr(keeper.modelfiles, "save_model", lambda *_: saved.append(now[0]))
     quiet: Any = SimpleNamespace(
         metrics=SimpleNamespace(write=lambda *_: None),
         model=lambda stage: stage,
         build=SimpleNamespace(tokenizer=None),
     )
     start: Any = SimpleNamespace(config=None, hf_config={})
-    stage: Any = training._Stage(
-        quiet, "s", start, validate, f"valid_{keep}", headline, None, "sft"
-    )
+    stage: Any = keeper.Keeper(quiet, "s", start, validate, f"valid_{keep}", headline, None, "sft")
     return stage, saved

@@ -17,7 +17,7 @@ from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.data import splits
 from minillm_jax.models import hf
 from minillm_jax.named import by_name
-from minillm_jax.stages import answers, evaluation, training
+from minillm_jax.stages import answers, evaluation, keeper, training
 from minillm_jax.stages.skipped import read_batch
 from minillm_jax.types import InputError
 from tests.toy_run import (
@@ -314,7 +314,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(copy, finished, monkeypatch, s
     config, workdir = copy
     undo(workdir, *{"student_sft": ["student_sft", "distill"], "distill": ["distill"]}[stage])
     (workdir / "metrics.jsonl").unlink()
-    log = training._Stage.log
+    log = keeper.Keeper.log
 
     def killed(self, step, values, times):
         log(self, step, values, times)
@@ -322,7 +322,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(copy, finished, monkeypatch, s
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Stage, "log", killed)
+        patch.setattr(keeper.Keeper, "log", killed)
         with pytest.raises(RuntimeError, match="killed"):
             pipeline.execute(config, workdir, [stage])
     folder = workdir / "stages" / stage
@@ -330,7 +330,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(copy, finished, monkeypatch, s
     assert not (folder / "done.json").exists()
     steps = []
     monkeypatch.setattr(
-        training._Stage, "log", lambda self, s, v, t: (steps.append(s), log(self, s, v, t))
+        keeper.Keeper, "log", lambda self, s, v, t: (steps.append(s), log(self, s, v, t))
     )
     pipeline.execute(config, workdir, [stage])
     assert steps == [3, 4]  # it went on, and did not begin again
@@ -445,10 +445,10 @@ def test_a_run_told_to_end_saves_in_every_stage_and_goes_on_to_the_same_bytes(
     config, workdir = toy_config(finished), tmp_path / "run"
     points = (
         (answers, "answer", 2, "teacher_answers, 10 of 12 rows are kept in"),
-        (training._Stage, "log", 3, "student_sft, saved after update 3 of 4"),
-        (training._Stage, "log", 1, "student_sft, saved after update 4 of 4"),  # yet to be judged
-        (training._Stage, "evaluate", 3, "distill, saved after update 2 of 4"),  # in the middle
-        (training._Stage, "evaluate", 2, "distill, saved after update 4 of 4"),
+        (keeper.Keeper, "log", 3, "student_sft, saved after update 3 of 4"),
+        (keeper.Keeper, "log", 1, "student_sft, saved after update 4 of 4"),  # yet to be judged
+        (keeper.Keeper, "evaluate", 3, "distill, saved after update 2 of 4"),  # in the middle
+        (keeper.Keeper, "evaluate", 2, "distill, saved after update 4 of 4"),
         (evaluation, "held_out", 2, "evaluate, 0 of "),  # the first model is judged
         (evaluation, "held_out", 3, "evaluate, 0 of "),  # and the first student
     )

@@ -1,8 +1,6 @@
 """The stages that train a model: resume or start, run the loop, keep the best one."""
 
 import contextlib
-import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from minillm_jax import assemble, hosts, modelfiles, stopping, trainer
+from minillm_jax import assemble, hosts, stopping, trainer
 from minillm_jax.build import Builder
 from minillm_jax.checkpoint import Checkpoints
 from minillm_jax.geometry import in_words
@@ -21,13 +19,12 @@ from minillm_jax.methods.accumulate import spread
 from minillm_jax.modelfiles import Model
 from minillm_jax.models import DecoderConfig, with_temperature
 from minillm_jax.reporting.progress import Progress
-from minillm_jax.reporting.watch import Watch
 from minillm_jax.sharding import batch_sharding, place, take_rows
 from minillm_jax.stages import Outcome, Run, own_settings
 from minillm_jax.stages.answers import answered
+from minillm_jax.stages.keeper import Keeper
 from minillm_jax.stages.measures import Scores, validation
 from minillm_jax.stages.selftest import self_test
-from minillm_jax.stages.skipped import keep_batch
 from minillm_jax.stages.targets import with_targets
 from minillm_jax.train_state import init_state
 from minillm_jax.types import Params
@@ -89,7 +86,7 @@ def train(
             buffer = _abstract_rollout(build, method, abstract, frozen, batches)
         restored = checkpoints.restore(abstract, buffer=buffer)
         keep = f"valid_{build.config[section].keep}"
-        progress = _Stage(run, stage, start, validate, keep, headline, checkpoints, section)
+        progress = Keeper(run, stage, start, validate, keep, headline, checkpoints, section)
         if restored:
             state, rollout = restored.state, restored.buffer
             evaluated = progress.resume(restored)
@@ -141,87 +138,6 @@ def saved_at_a_stop(checkpoints: Checkpoints) -> Iterator[None]:
     except stopping.Stopped:
         checkpoints.wait()
         raise
-
-
-class _Stage:
-    """The hooks of one training stage, and the little that they remember."""
-
-    def __init__(self, run, stage, start, validate, keep, headline, checkpoints, section):
-        self.run, self.stage, self.start = run, stage, start
-        self.validate, self.keep, self.checkpoints = validate, keep, checkpoints
-        self.ties = f"valid_{headline}"  # decides between models that `keep` finds equal
-        self.tokens, self.best = 0, None
-        self.rows = 0  # of the metrics
-        self.watch, self.warnings = Watch(section), 0
-        self.bar: Progress | None = None
-        self.began = time.monotonic()
-
-    def resume(self, restored) -> bool:
-        """Take up what a checkpoint remembers; returns whether its state has been evaluated."""
-        extra = {"evaluated": True, "rows": None} | restored.extra  # format 1 has neither
-        self.tokens, self.best, self.rows = extra["tokens"], extra["best"], extra["rows"]
-        if self.rows is None:
-            rows = self.run.metrics.rows(self.stage)
-            self.rows = sum(row["step"] <= restored.step for row in rows)
-        for row in self.run.metrics.rows(self.stage)[: self.rows]:  # what was warned of already
-            self.warnings += len(self.watch.add(row["step"], row))
-        if not self.run.model(self.stage).exists():  # cut off on its way into a bucket
-            self.best = None
-        return extra["evaluated"]
-
-    def write(self, step, values, times=None):
-        self.rows += 1
-        seconds = time.monotonic() - self.began
-        self.run.metrics.write(self.stage, step, seconds, values, times)
-
-    def log(self, step, values, times):
-        self.tokens += int(values["tokens"])
-        self.write(step, values, times)
-        if self.bar:
-            self.bar.update(step, tokens=values["tokens"], metrics=values)
-        self.look_at(step, values)
-
-    def look_at(self, step, values):
-        for warning in self.watch.add(step, values):
-            self.warnings += 1
-            if self.bar:
-                self.bar.log(f"warning: {self.stage}, {warning}")
-
-    def evaluate(self, step, state):
-        model = Model(self.start.config, state.params, self.start.hf_config)
-        found = self.validate(model)
-        scores = {f"valid_{name}": value for name, value in found.items()}
-        self.write(step, scores)
-        self.look_at(step, scores)
-        # The first model is kept whatever its score, so that there always is one.
-        if self.best is None or self._better(scores, self.best):
-            self.best = {"step": step, **{name: scores[name] for name in (self.keep, self.ties)}}
-            modelfiles.save_model(self.run.model(self.stage), model, self.run.build.tokenizer)
-        return found
-
-    def _better(self, scores, best):
-        if math.isnan(best[self.keep]):
-            return True
-        sign = -1 if self.keep == "valid_rouge_l" else 1
-        if scores[self.keep] != best[self.keep]:
-            return sign * scores[self.keep] < sign * best[self.keep]
-        # A stage that an older version began remembers no score for ties.
-        return scores[self.ties] < best.get(self.ties, -math.inf)
-
-    def save(self, step, state, rollout, evaluated):
-        extra = {"tokens": self.tokens, "best": self.best}
-        extra |= {"rows": self.rows, "evaluated": evaluated}
-        self.run.keep()  # the rows and the model of which this checkpoint will speak
-        self.checkpoints.save(step, state, extra, buffer=rollout)
-
-    def keep_skipped(self, step, batch):
-        folder = self.run.folder(self.stage) / "skipped"
-        keep_batch(folder, step, batch)
-        if self.bar:
-            self.bar.log(
-                f"{self.stage}: update {step} is skipped, its loss or gradient is not finite;"
-                f" the same command with --replay={folder / f'{step}.npz'} says where"
-            )
 
 
 def _arrange(build: Builder, section: str) -> Callable[[np.ndarray], np.ndarray] | None:

@@ -18,7 +18,7 @@ from minillm_jax.types import Array
 
 # Tokens of a block where none are asked for. The head's gradient, [V, D] in float32, is read and
 # written in every block: on an H200 256 took 1.6 to 1.9 times as long as 1,024, which still are a
-# sixth of the memory of whole logits, and on TPUs, by their compiler, 1.4 to 1.8 times
+# sixth of the memory of whole logits, and on TPUs, by their compiler, 1.4 to 2.2 times
 # (benchmarks/README.md). On a CPU more tokens gain nothing.
 _BLOCK_ON = {"gpu": 1024, "tpu": 1024}
 _BLOCK = 256

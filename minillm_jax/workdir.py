@@ -205,7 +205,9 @@ def fork(source: Path, workdir: Path, config: Any, resolved: Any):
         for folder in sorted((source / "stages").iterdir()):
             before = folder.name in ("teacher_answers", "teacher_targets", *earlier)
             if before or folder.name == stage:
-                _copy(folder, workdir / "stages" / folder.name, done=before)
+                # What was kept of the teacher is looked at again: other settings ask for more.
+                done = before and folder.name != "teacher_targets"
+                _copy(folder, workdir / "stages" / folder.name, done=done)
         write_json(workdir / "stages" / stage / "started.json", {"inputs": None})
         for file in ("metrics.jsonl", "timing.jsonl"):
             if (source / file).exists():

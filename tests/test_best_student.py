@@ -30,7 +30,7 @@ def test_the_best_score_is_kept_and_nan_never_beats_a_number(monkeypatch, score,
 
 
 def test_equal_scores_are_decided_by_the_loss_and_rouge_of_0_is_warned_of(monkeypatch):
-    losses = [3.0, 2.0, 2.5, math.nan, 1.0]
+    losses = [math.nan, 2.0, 2.5, math.nan, 1.0]
     values = [{"rouge_l": 0.0, "loss": loss} for loss in losses] + [{"rouge_l": 0.1, "loss": 4.0}]
     stage, saved = staged(monkeypatch, "rouge_l", "loss", values)
     stage.bar = bar = Bar()

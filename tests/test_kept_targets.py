@@ -59,7 +59,7 @@ def test_kept_targets_teach_the_same(tmp_path, monkeypatch):
     assert (kept["log_p"][:, :2] >= kept["log_p"][:, 1:3]).all()
 
 
-@pytest.mark.parametrize("cached", ["states", ""])
+@pytest.mark.parametrize("cached", ["states", "top3", ""])
 def test_a_fork_goes_on_with_the_kept_targets_and_without(cached, tmp_path, monkeypatch, capsys):
     one_device(monkeypatch)
     config, source = toy_config(tmp_path), tmp_path / "source"
@@ -75,8 +75,13 @@ def test_a_fork_goes_on_with_the_kept_targets_and_without(cached, tmp_path, monk
     said = capsys.readouterr().err
     at = re.search(r"forked .* at update (\d+) of distill", said)
     assert at and 0 < int(at[1]) < other.distill.steps
-    assert ("teacher_targets: done" in said) == bool(cached)
+    kept = [
+        (tmp_path / at / "stages/teacher_targets/states").glob("*.npy") for at in ("source", "fork")
+    ]
+    old, new = ({file.name: file.read_bytes() for file in files} for files in kept)
+    assert new and (old == new) == (cached != "top3")
     before, after = losses(source), losses(tmp_path / "fork")
     same = [mine == theirs for mine, theirs in zip(after, before, strict=True)]
-    # The first update after the fork begins where the other one did.
-    assert all(same[: int(at[1]) + 1]) and not any(same[int(at[1]) + 1 :])
+    # The first update after the fork begins where the other one did; by other targets or not.
+    first = int(at[1]) + (cached != "top3")
+    assert all(same[:first]) and not any(same[first:])

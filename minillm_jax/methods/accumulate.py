@@ -47,7 +47,7 @@ def gradients(
     divided once: the result does not depend on how the batch is cut, nor on the windows. Devices
     along `data` hold the same parameters: each adds up those of its own rows, and their sum is
     taken once, after the last micro-batch, where the compiler would send each kernel's share in
-    every pass.
+    every pass. (Not where the rows do not divide so: `_apart`.)
 
     Args:
         batch: a pytree whose leaves have the batch on axis 0; `micro_batches` must divide it.

@@ -8,6 +8,7 @@ its front: what a causal kernel lets a real slot see is then what the mask would
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -94,22 +95,32 @@ def attend_packed(
     """
     if name == "cudnn":
         local = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
-        )
+        body = functools.partial(
+            jax.nn.dot_product_attention, scale=scale, is_causal=True, local_window_size=local,
+            implementation="cudnn",
+        )  # fmt: skip
+        return _apart(body, "batch", "length", "heads", "head_dim")(q, k, v)
     # Splash has no scale; the product is rounded to the dtype of q, as every projection is.
     heads = (y.transpose(0, 2, 1, 3) for y in (q * jnp.asarray(scale, q.dtype), k, v))
     body = functools.partial(_splash, window=window, interpret=platform() == "cpu")
+    return _apart(body, "batch", "heads", "length", "head_dim")(*heads).transpose(0, 2, 1, 3)
+
+
+def _apart(body: Callable, *axes: str) -> Callable:
+    """`body` of q, k, v with these logical axes, each device's part alone.
+
+    The compiler cannot divide a kernel of its own (cuDNN's knows how, but not within a
+    `jax.shard_map` over some axes of the mesh). No row and no head needs another: nothing is
+    replicated, which is what check_vma looks after.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        # The compiler cannot divide a kernel of its own, so each device is handed its part. No row
-        # and no head needs another: nothing is replicated, which is what check_vma looks after.
-        spec = local_spec(("batch", "heads", "length", "head_dim"))
-        axes = set(mesh.axis_names) - set(mesh.manual_axes)
-        body = jax.shard_map(
-            body, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes, check_vma=False
-        )
-    return body(*heads).transpose(0, 2, 1, 3)
+    if mesh.empty or mesh.size == 1:
+        return body
+    spec = local_spec(axes)
+    left = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(
+        body, in_specs=(spec,) * 3, out_specs=spec, axis_names=left, check_vma=False
+    )
 
 
 def _splash(q, k, v, *, window: int | None, interpret: bool) -> jax.Array:
@@ -163,8 +174,22 @@ def _limit(
         window_of(config, slots)
     except ValueError as error:
         return f"{error}, and it has one for all"
-    if name == "cudnn":
-        return _cudnn_limit(here, config, dtype)
+    own = _cudnn_limit(here, config, dtype) if name == "cudnn" else _splash_limit(here, dtype)
+    if own:
+        return own
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        alone = here != "tpu" or jax.device_count() == 1
+        return "" if alone else "it needs a mesh where there are several devices"
+    batch, heads = (ways_of(mesh, entry) for entry in local_spec(("batch", "kv_heads")))
+    if rows % batch:
+        return f"{rows} rows do not split over {batch} devices"
+    if config.kv_heads % heads:
+        return f"{config.kv_heads} key-value heads do not split over {heads} devices"
+    return ""
+
+
+def _splash_limit(here: str, dtype: jnp.dtype) -> str:
     # On a CPU it is interpreted, which is how it is tested.
     if here not in ("tpu", "cpu"):
         return f"it is for TPUs, and this is a {here}"
@@ -172,15 +197,6 @@ def _limit(
     precision = settings.jax_default_matmul_precision
     if dtype.itemsize == 2 and precision not in (None, "default", "bfloat16"):
         return f"its products of {dtype} have no precision {precision!r}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        alone = here == "cpu" or jax.device_count() == 1
-        return "" if alone else "it needs a mesh where there are several devices"
-    batch, heads = (ways_of(mesh, entry) for entry in local_spec(("batch", "kv_heads")))
-    if rows % batch:
-        return f"{rows} rows do not split over {batch} devices"
-    if config.kv_heads % heads:
-        return f"{config.kv_heads} key-value heads do not split over {heads} devices"
     return ""
 
 

@@ -77,7 +77,8 @@ class Keeper:
         if scores[self.keep] != best[self.keep]:
             return sign * scores[self.keep] < sign * best[self.keep]
         # A stage that an older version began remembers no score for ties.
-        return scores[self.ties] < best.get(self.ties, -math.inf)
+        tie = best.get(self.ties, -math.inf)
+        return scores[self.ties] < (math.inf if math.isnan(tie) else tie)
 
     def save(self, step, state, rollout, evaluated):
         """Write a checkpoint, with what `resume` reads."""

@@ -119,8 +119,10 @@ def train(
                 take=lambda rollout, which: take_rows(rollout, which, rows),
                 arrange=_arrange(build, section),
             )
-    best = ", ".join(f"{name} {value:.4g}" for name, value in (progress.best or {}).items())
-    print(f"{stage}: kept the model of {best.replace('step', 'update')}", file=hosts.log())
+    if progress.best:
+        scores = [f"{name} {x:.4g}" for name, x in progress.best.items() if name != "step"]
+        of = f"update {progress.best['step']}, {', '.join(scores)}"
+        print(f"{stage}: kept the model of {of}", file=hosts.log())
     outcome = {"tokens": progress.tokens, "updates": int(state.step)}
     outcome |= {"skipped": int(state.skipped), "warnings": progress.warnings}
     return outcome | {"best": progress.best}

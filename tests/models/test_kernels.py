@@ -12,8 +12,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from tiny_decoders import CONFIGS, GPT2, LLAMA, params_of, tokens_of
 
 from minillm_jax.axes import MESH_AXES
+from minillm_jax.methods.accumulate import gradients
 from minillm_jax.models import head, hidden_states, kernels, logits
 from minillm_jax.models.kernels import choose, pack, take
+from minillm_jax.objectives import reduce
 from minillm_jax.sharding import batch_sharding, make_mesh, place
 from minillm_jax.types import InputError
 
@@ -194,3 +196,25 @@ def test_cudnn_lowers_forward_and_backward_without_a_mask(window, monkeypatch):
         assert f"@{name}(" in text
     assert f'\\"sliding_window_length\\": {window or 0}' in text.replace("\\22", '\\"')
     assert "Bias" not in text and "CAUSAL" in text
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 1, 2), (2, 2, 2)], ids=str)
+def test_cudnn_is_handed_the_rows_and_heads_of_each_device(sizes, monkeypatch):
+    """Its own partitioner, left in the program, fails where some axes are divided already."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    mesh = make_mesh(*sizes)
+
+    def sums(params, x, window):
+        y = (x * params).astype(jnp.bfloat16)
+        out = kernels.attend_packed("cudnn", y, y, y, 0.5, None).astype(jnp.float32)
+        values = out.sum((2, 3))
+        return {"loss": reduce.total(values, jnp.ones_like(values, bool))}
+
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((16, 256, 4, 64), jnp.float32, sharding=batch_sharding(mesh))
+        graded = jax.jit(lambda x: gradients(sums, jnp.float32(2), x, 2))
+        text = graded.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+    assert "CustomSPMDPartitioning" not in text
+    rows, heads = 8 // (sizes[0] * sizes[1]), 4 // sizes[2]
+    assert f"tensor<{rows}x256x{heads}x64xbf16>" in text

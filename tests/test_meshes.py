@@ -87,7 +87,7 @@ def _methods(family, mesh, windows=()):
     abstract = abstract_state(abstract_params(student), _shardings(student, mesh), optimizer, mesh)
     options = {
         "shardings": state_shardings(abstract),
-        "micro_batches": 2 // mesh.shape["data"] or 1,
+        "micro_batches": min(2, ROWS // mesh.shape["data"]),
         "windows": windows,
     }
     mixing = Mixing(slots=N, alpha=0.4, chunk=3, eos_id=2, pad_id=0, vocab=VOCAB)

@@ -140,6 +140,7 @@ def test_auto_goes_by_the_devices_of_the_mesh_and_falls_back(default_precision, 
         assert choose(model, *many) == "xla"
         monkeypatch.setattr(kernels, "_capability", lambda: (8, 0))
         assert choose(model, *many) == "cudnn"
+        assert choose(model, 6, *many[1:]) == "xla"
         assert choose(model, *many[:2], jnp.float32) == "xla"
         wide = dataclasses.replace(model, head_dim=256)
         assert choose(wide, *many) == "xla"

@@ -96,7 +96,7 @@ def adamw(
     """
     if clip_norm is not None and not clip_norm > 0:
         raise InputError(
-            f"clip_norm={clip_norm}: give a number above 0, or in its file None for no clip"
+            f"clip_norm={clip_norm}: give a number above 0, or None in the file for no clip"
         )
     decay = {"weight_decay": weight_decay, "mask": decay_mask}
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, **decay)

@@ -204,8 +204,8 @@ def run_stage(run: Run, stage: str, this: Stage) -> None:
         line = memory.explain(run.build.config, run.workdir, stage)
         raise InputError(f"{line}; then the same command goes on") from error
     except stopping.Stopped as error:
-        begun = record.steps(run.checkpoints(stage))
-        saved = str(error) or ("at the last checkpoint" if begun else "before its first checkpoint")
+        none = this.section and not record.steps(run.checkpoints(stage))
+        saved = str(error) or ("before its first checkpoint" if none else "at the last checkpoint")
         raise stopping.Stopped(f"{stage}, {saved}") from error
     outcome["seconds"] = round(time.monotonic() - began, 2)
     now = datetime.datetime.now(datetime.UTC).isoformat()

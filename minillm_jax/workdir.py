@@ -203,10 +203,10 @@ def fork(source: Path, workdir: Path, config: Any, resolved: Any):
     changed = differences(theirs, mine)
     if hosts.is_main():
         for folder in sorted((source / "stages").iterdir()):
-            before = folder.name in ("teacher_answers", "teacher_targets", *earlier)
-            if before or folder.name == stage:
-                # What was kept of the teacher is looked at again: other settings ask for more.
-                done = before and folder.name != "teacher_targets"
+            done = folder.name in ("teacher_answers", *earlier)
+            # What was kept of the teacher is looked at again: other settings may ask for more.
+            again = [stage] + ["teacher_targets"] * bool(resolved.distill.cache_teacher)
+            if done or folder.name in again:
                 _copy(folder, workdir / "stages" / folder.name, done=done)
         write_json(workdir / "stages" / stage / "started.json", {"inputs": None})
         for file in ("metrics.jsonl", "timing.jsonl"):

@@ -76,10 +76,12 @@ def test_a_fork_goes_on_with_the_kept_targets_and_without(cached, tmp_path, monk
     at = re.search(r"forked .* at update (\d+) of distill", said)
     assert at and 0 < int(at[1]) < other.distill.steps
     kept = [
-        (tmp_path / at / "stages/teacher_targets/states").glob("*.npy") for at in ("source", "fork")
+        (tmp_path / run / "stages/teacher_targets/states").glob("*.npy")
+        for run in ("source", "fork")
     ]
     old, new = ({file.name: file.read_bytes() for file in files} for files in kept)
-    assert new and (old == new) == (cached != "top3")
+    assert old and (old == new) == (cached == "states") and bool(new) == bool(cached)
+    assert "distill: kept the model of update " in said
     before, after = losses(source), losses(tmp_path / "fork")
     same = [mine == theirs for mine, theirs in zip(after, before, strict=True)]
     # The first update after the fork begins where the other one did; by other targets or not.

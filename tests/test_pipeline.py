@@ -445,6 +445,7 @@ def test_a_run_told_to_end_saves_in_every_stage_and_goes_on_to_the_same_bytes(
     config, workdir = toy_config(finished), tmp_path / "run"
     points = (
         (answers, "answer", 2, "teacher_answers, 10 of 12 rows are kept in"),
+        (keeper.Keeper, "evaluate", 1, "student_sft, before its first checkpoint"),
         (keeper.Keeper, "log", 3, "student_sft, saved after update 3 of 4"),
         (keeper.Keeper, "log", 1, "student_sft, saved after update 4 of 4"),  # yet to be judged
         (keeper.Keeper, "evaluate", 3, "distill, saved after update 2 of 4"),  # in the middle

@@ -99,14 +99,16 @@ def attend_packed(
             jax.nn.dot_product_attention, scale=scale, is_causal=True, local_window_size=local,
             implementation="cudnn",
         )  # fmt: skip
-        return _apart(body, "batch", "length", "heads", "head_dim")(q, k, v)
+        return _on_each_device(body, "batch", "length", "heads", "head_dim")(q, k, v)
     # Splash has no scale; the product is rounded to the dtype of q, as every projection is.
     heads = (y.transpose(0, 2, 1, 3) for y in (q * jnp.asarray(scale, q.dtype), k, v))
     body = functools.partial(_splash, window=window, interpret=platform() == "cpu")
-    return _apart(body, "batch", "heads", "length", "head_dim")(*heads).transpose(0, 2, 1, 3)
+    return _on_each_device(body, "batch", "heads", "length", "head_dim")(*heads).transpose(
+        0, 2, 1, 3
+    )
 
 
-def _apart(body: Callable, *axes: str) -> Callable:
+def _on_each_device(body: Callable, *axes: str) -> Callable:
     """`body` of q, k, v with these logical axes, each device's part alone.
 
     The compiler cannot divide a kernel of its own (cuDNN's knows how, but not within a

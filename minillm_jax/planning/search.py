@@ -1,9 +1,9 @@
 """Other meshes, micro-batches and remat for one experiment on one machine, best first.
 
-Every candidate is compiled, and that takes minutes for a large model. So a mesh
-begins with whole batches and no remat, and a program that does not fit there, and no other, gets
-what its figures say may do: fewer rows at once, and where one row is too many, more remat. What a
-candidate leaves as it was is compiled once.
+Every candidate is compiled, and that takes minutes for a large model. So a mesh begins with whole
+batches and the least remat, and a program that does not fit there, and no other, gets what its
+figures say may do: fewer rows at once, and where one row is too many, more remat. What a candidate
+leaves as it was is compiled once.
 """
 
 import copy
@@ -29,7 +29,7 @@ from minillm_jax.types import InputError
 
 Changes = dict[str, dict[str, Any]]
 
-REMAT = ("none", "dots", "full")
+REMAT = ("dots", "full")  # "none" takes more memory, and no less time (benchmarks/README.md)
 _SIDE_BY_SIDE = 4  # meshes that are tried in turn until one fits, or has nothing left
 _COLLECT = "collect"
 

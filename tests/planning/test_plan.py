@@ -246,7 +246,7 @@ def test_a_mesh_that_is_left_to_the_devices_gets_one_that_divides(tmp_path):
 
 def test_a_search_ranks_what_fits_first(tmp_path, capsys):
     config = pair(tmp_path)
-    small = dataclasses.replace(GPUS["h100"], memory=7e5)
+    small = dataclasses.replace(GPUS["h100"], memory=5e5)
     here = dataclasses.replace(target("h100:2"), chip=small)
     ranked = search.search(config, tmp_path, here, 4)
     assert len(ranked) == 4
@@ -281,10 +281,10 @@ def test_a_search_gives_every_stage_what_it_needs(tmp_path, monkeypatch):
         rows = current.get("distill", {}).get("collect_batch")
         own = rows if program.name == "collect" else tuple(c.items())
         seen.append((program.name, tuple(current["mesh"].items()), own))
-        # Rows at once, and remat, decide what the teacher's SFT needs; only four of "dots" do.
+        # Rows at once, and remat, decide what the teacher's SFT needs; only four of "full" do.
         need = 0.1
         if program.name == "teacher_sft update":
-            need = {"none": 1.0, "dots": 0.18, "full": 0.1}[c["remat"]] * (c["micro_batch"] + 1)
+            need = {"dots": 1.0, "full": 0.18}[c["remat"]] * (c["micro_batch"] + 1)
         return made_up(program.name, need * memory, 0.05 * memory, memory)
 
     monkeypatch.setattr(search, "measure", measured)
@@ -305,8 +305,8 @@ def test_a_search_gives_every_stage_what_it_needs(tmp_path, monkeypatch):
     fitting = [changes for changes, plan in ranked if plan.fits]
     assert len({tuple(changes["mesh"].items()) for changes in fitting}) == 3  # every mesh
     assert len(ranked) > 3 and len(seen) == len(set(seen))
-    assert fitting[0]["teacher_sft"] == {"micro_batch": 4, "remat": "dots"}
-    assert fitting[0]["distill"] == fitting[0]["sft"] == {"micro_batch": 4, "remat": "none"}
+    assert fitting[0]["teacher_sft"] == {"micro_batch": 4, "remat": "full"}
+    assert fitting[0]["distill"] == fitting[0]["sft"] == {"micro_batch": 4, "remat": "dots"}
     names = [f.name for f in ranked[0][1].figures]
     assert names == ["teacher_sft update", "student_sft update", "collect", "distill update"]
 
